@@ -1,0 +1,165 @@
+"""The data sets: `DATASETS` names them, `build` makes the three data sets of a step, `check_data` reads every file.
+
+A new data set is a file with a `Layout` (where the files are, what the classes are called) and a line in `DATASETS`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from dataset import shapes, tasks
+from dataset.ade import Ade
+from dataset.base import SegmentationSet, Source, Splits, select
+from dataset.cityscapes_domain import CityscapesDomain
+from dataset.folder import Folder
+from dataset.layout import Layout
+from dataset.source import FileSource
+from dataset.tasks import Task
+from dataset.transform import EvalTransform, FullImage, TrainTransform
+from dataset.voc import Voc
+from utils.types import IGNORE
+
+#: Every value of `--dataset`; None is the embedded data set, which has no files and so no layout.
+DATASETS: dict[str, Layout | None] = {
+    "voc": Voc(),
+    "ade": Ade(),
+    "cityscapes_domain": CityscapesDomain(),
+    "folder": Folder(),
+    "shapes": None,
+}
+
+__all__ = ["DATASETS", "SegmentationSet", "Splits", "Task", "build", "check_data", "class_names", "load_task"]
+
+
+def class_names(opts: Namespace) -> tuple[str, ...]:
+    """Names of the classes of `opts.dataset` by id, background first; of the labels of a domain-incremental one.
+
+    The name of channel k of a task is `class_names(opts)[task.label_ids[k]]`.
+    """
+    layout = _layout(opts)
+    return shapes.CLASSES if layout is None else layout.read_classes(_root(opts))
+
+
+def load_task(opts: Namespace, step: int) -> Task:
+    """The task that `opts` (dataset, task, task_file, data_root) names, at a step; ValueError as `tasks.load`."""
+    num_classes = len(class_names(opts)) if opts.dataset not in tasks.KNOWN else None
+    return tasks.load(opts.dataset, opts.task, step, getattr(opts, "task_file", None), num_classes)
+
+
+def build(opts: Namespace, task: Task) -> Splits:
+    """The data sets of a step.
+
+    train: training images with a class of the step (without `overlap`: and with no class of a later step), only the
+    step's classes labelled. val: validation images with a class of the step, labelled alike; with `cross_val` a random
+    fifth of the training images instead, which are then not trained on. test: validation images (`val_on_trainset`:
+    training images) with a class seen so far, all of which are labelled; with `test_on_val` the same as val.
+
+    Args:
+        opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
+            test_on_val, disable_background, ignore_test_bg, random_seed; optional: shapes_train and shapes_val,
+            numbers of scenes.
+        task: the step.
+
+    Returns:
+        train, val, test; a sample is an image (3, H, W) float32 and labels (H, W) uint8, positions in the order of
+        learning and 255.
+
+    Raises:
+        ValueError: no image belongs to one of the three, or a file of the data set cannot be used.
+    """
+    train_source, val_source = _source(opts, train=True), _source(opts, train=False)
+    masking = "current+old" if opts.no_mask else opts.data_masking
+    learning = task.label_table(masking, ignore_background=opts.disable_background)
+    evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
+
+    indices = _chosen(train_source, task, task.new, disjoint=not opts.overlap)
+    if opts.cross_val:
+        indices, held_out = _four_fifths(indices, opts.random_seed, train_source.title)
+        val = _labelled(train_source, held_out, learning, evaluate)
+    else:
+        val = _labelled(val_source, _chosen(val_source, task, task.new), learning, evaluate)
+    train = _labelled(train_source, indices, learning, TrainTransform(opts.crop_size), opts.random_seed)
+    if opts.test_on_val:
+        return Splits(train, val, val)
+    test_source = train_source if opts.val_on_trainset else val_source
+    testing = task.label_table("test", ignore_background=opts.ignore_test_bg)
+    return Splits(train, val, _labelled(test_source, _chosen(test_source, task, task.seen), testing, evaluate))
+
+
+def check_data(opts: Namespace, task: Task) -> list[str]:
+    """Reads every mask of the data set, and every image that the step uses, in parallel.
+
+    Returns:
+        a sentence for each file that cannot be used, empty if all is well.
+    """
+    problems = []
+    for train in (True, False):
+        source = _source(opts, train)
+        if not isinstance(source, FileSource):
+            continue
+        shown, found = source.inspect(np.arange(len(source)))
+        problems += [problem for problem in found if problem]
+        if task.domain:
+            shown = source.presence()
+        usable = np.array([not problem for problem in found])
+        used = np.intersect1d(np.flatnonzero(usable), select(shown, _wanted(task, task.new if train else task.seen)))
+        problems += [problem for problem in source.inspect(used, decode=True)[1] if problem]
+    return problems
+
+
+def _layout(opts: Namespace) -> Layout | None:
+    if opts.dataset not in DATASETS:
+        raise ValueError(f"--dataset {opts.dataset!r} is not one of {', '.join(DATASETS)}")
+    return DATASETS[opts.dataset]
+
+
+def _root(opts: Namespace) -> Path:
+    root = Path(opts.data_root)
+    if not root.is_dir():
+        raise ValueError(f"--data_root {opts.data_root} is not a folder")
+    return root
+
+
+def _source(opts: Namespace, train: bool) -> Source:
+    layout = _layout(opts)
+    if layout is not None:
+        return FileSource(layout, _root(opts), train)
+    split, default = ("train", shapes.TRAIN_IMAGES) if train else ("val", shapes.VAL_IMAGES)
+    return shapes.ShapesSource(split, getattr(opts, f"shapes_{split}", None) or default, opts.crop_size)
+
+
+def _wanted(task: Task, ids: tuple[int, ...]) -> list[int]:
+    """Ids that an image is chosen by: every image shows background, which therefore chooses none."""
+    return [class_id for class_id in ids if class_id != 0 or task.domain]
+
+
+def _chosen(source: Source, task: Task, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
+    """Indices of the images with one of the ids (disjoint: and no id of a later step); ValueError if there are none."""
+    allowed = [0, *task.order] if disjoint and not task.domain else None
+    indices = select(source.presence(), _wanted(task, ids), allowed)
+    if len(indices) == 0:
+        rule = " and no class of a later step (the disjoint setup; --overlap lifts this)" if allowed else ""
+        raise ValueError(
+            f"step {task.step} of task {task.name}: no image of the {source.title} shows "
+            f"one of the classes {_wanted(task, ids)}{rule}"
+        )
+    return indices
+
+
+def _four_fifths(indices: np.ndarray, seed: int, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """A random 80 % of the indices and the rest, each in order."""
+    cut = int(0.8 * len(indices))
+    if cut in (0, len(indices)):
+        raise ValueError(f"--cross_val cannot hold out a fifth of {len(indices)} image(s) of the {title}")
+    shuffled = np.random.default_rng(seed).permutation(indices)
+    return np.sort(shuffled[:cut]), np.sort(shuffled[cut:])
+
+
+def _labelled(source: Source, indices: np.ndarray, labels: np.ndarray, transform, seed: int = 0) -> SegmentationSet:
+    """A data set whose table leads from the values of a mask to labels, in one look-up."""
+    classes = getattr(source, "class_table", np.arange(256))
+    table = np.where(classes >= 0, labels[classes], IGNORE)
+    return SegmentationSet(source, indices, table, transform, seed)

@@ -1,0 +1,148 @@
+"""Reading images and masks, and what to say when one cannot be read. As a program, a worker of the parallel scan:
+
+    python dataset/files.py < job.json > answer.json
+
+The scan runs in processes (Pillow decodes under Python's global lock), and those are plain subprocesses of this file:
+it imports neither torch nor the rest of the package, so that one starts in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image, ImageOps
+
+#: Below this many files a second process costs more than it saves.
+_FILES_PER_PROCESS = 500
+_MAX_PROCESSES = 16
+
+
+def _open(path: str, what: str) -> Image.Image:
+    """The opened, not yet decoded image; ValueError that names the file where that fails."""
+    try:
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist") from None
+    except Exception as error:  # decoders raise a dozen types on damaged files
+        raise ValueError(f"{what} {path} cannot be read: {_reason(error, path)}") from None
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{what} {path} has {image.width} x {image.height} pixels, more than the limit of {limit}")
+    return image
+
+
+def _reason(error: Exception, path: str) -> str:
+    """The decoder's words without the path, which the message names already."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.replace(repr(path), "the file")
+
+
+def _decode(image: Image.Image, path: str, what: str) -> None:
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise ValueError(f"{what} {path} is damaged: {_reason(error, path)}") from None
+
+
+def open_mask(path: str) -> Image.Image:
+    """The decoded mask at `path`: 8 bits, one channel, palette or grey, each value a class id."""
+    mask = _open(path, "mask")
+    if mask.mode not in ("P", "L"):
+        raise ValueError(
+            f"mask {path} has the mode {mask.mode!r}: a mask is an 8-bit image of one channel (palette or grey) "
+            "whose values are class ids"
+        )
+    _decode(mask, path, "mask")
+    return mask
+
+
+def open_image(path: str, size: tuple[int, int]) -> Image.Image:
+    """The image at `path`, not yet decoded, if its size (width, height) is that of its mask.
+
+    Masks are drawn on the pixels as they are stored, and the official program ignores the EXIF orientation. So does
+    this one, unless only the turned image fits the mask; then it is turned.
+    """
+    image = _open(path, "image")
+    if image.size == size:
+        return image
+    stored = image.size
+    if stored == size[::-1]:
+        _decode(image, path, "image")
+        image = ImageOps.exif_transpose(image)
+    if image.size != size:
+        raise ValueError(
+            f"image {path} has {stored[0]} x {stored[1]} pixels, its mask {size[0]} x {size[1]}: they must be equal"
+        )
+    return image
+
+
+def read_pair(image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) and mask (H, W), uint8; ValueError that names the file for one that cannot be used."""
+    mask = open_mask(mask_path)
+    image = open_image(image_path, mask.size)
+    _decode(image, image_path, "image")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), np.array(mask)
+
+
+def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode: bool) -> tuple[list[int], str]:
+    """The ids in a mask, and what is wrong with it or its image ("" if nothing).
+
+    Args:
+        valid: values that a mask may have.
+        decode: read the whole image, not only its header.
+    """
+    try:
+        mask = open_mask(mask_path)
+        shown = [value for value, count in enumerate(mask.histogram()) if count]
+        foreign = [value for value in shown if value not in valid]
+        if foreign:
+            return [], f"mask {mask_path} has the value {foreign[0]}, which is not a class of the data set"
+        image = open_image(image_path, mask.size)
+        if decode:
+            _decode(image, image_path, "image")
+    except ValueError as error:
+        return [], str(error)
+    return shown, ""
+
+
+def inspect(
+    pairs: list[tuple[str, str]], valid: frozenset[int], decode: bool = False, processes: int | None = None
+) -> list[tuple[list[int], str]]:
+    """`inspect_pair` of every pair, in order, by as many processes as the machine and the work allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or max(1, min(cores, _MAX_PROCESSES, len(pairs) // _FILES_PER_PROCESS))
+    if processes == 1:
+        return [inspect_pair(*pair, valid, decode) for pair in pairs]
+    jobs = [{"pairs": pairs[k::processes], "valid": sorted(valid), "decode": decode} for k in range(processes)]
+    command = [sys.executable, os.path.abspath(__file__)]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in jobs]
+    found: list = [None] * len(pairs)
+    try:
+        for worker, job in zip(workers, jobs):
+            json.dump(job, worker.stdin)
+            worker.stdin.close()
+        for k, worker in enumerate(workers):
+            found[k::processes] = json.load(worker.stdout)
+    except (BrokenPipeError, ValueError):
+        raise OSError("a process that reads the masks died: is the memory full?") from None
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+    return [(shown, problem) for shown, problem in found]
+
+
+def main() -> None:
+    """One job from stdin, its answer to stdout."""
+    job = json.load(sys.stdin)
+    valid = frozenset(job["valid"])
+    json.dump([inspect_pair(*pair, valid, job["decode"]) for pair in job["pairs"]], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Layout: where a data set on disk keeps its images and masks, and what its classes are called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.types import IGNORE
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class FilePair(NamedTuple):
+    """Paths of an image and its mask; in a domain-incremental data set, the domain they are from."""
+
+    image: str
+    mask: str
+    domain: int = 0
+
+
+class Layout:
+    """A data set on disk. A new one is a file with a subclass, and a line in `dataset.DATASETS`.
+
+    Attributes:
+        name: the `--dataset` value.
+        hint: where the files come from, for the message when they are missing.
+        classes: names of the classes by id, background first; of the labels in a domain-incremental data set.
+        domains: names of the domains, or empty.
+        split_names: names of the training and the validation split.
+    """
+
+    name: str
+    hint: str
+    classes: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    split_names: tuple[str, str] = ("train", "val")
+
+    def read_classes(self, root: Path) -> tuple[str, ...]:
+        """Names of the classes; a data set whose files name them reads them here."""
+        return self.classes
+
+    def pairs(self, root: Path, train: bool) -> list[FilePair]:
+        """Every image of the training or the validation split with its mask, in a fixed order."""
+        raise NotImplementedError
+
+    def class_table(self, classes: int) -> np.ndarray:
+        """(256,) int16, from the values of a mask to class ids; -1 for a value that no mask may have."""
+        table = np.full(256, -1, dtype=np.int16)
+        table[:classes] = np.arange(classes)
+        table[[0, IGNORE]] = 0, IGNORE
+        return table
+
+
+def read_lines(path: Path, hint: str) -> list[str]:
+    """The non-empty lines of a text file, stripped; ValueError that names the file if it is not one or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {hint}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty: {hint}")
+    return lines
+
+
+def inside(folder: Path, name: str, place: str) -> str:
+    """`folder`/`name`, if that is within the folder: a split file must not lead out of its data set.
+
+    Args:
+        folder: where the name starts from.
+        name: a relative path.
+        place: file and line, for the message.
+
+    Raises:
+        ValueError: for an absolute path, one with "..", or one with a control character.
+    """
+    if os.path.isabs(name) or PurePosixPath(name).is_absolute():
+        raise ValueError(f"{place}: {name!r:.200} is an absolute path: paths are relative to {folder}")
+    if ".." in name.replace("\\", "/").split("/"):
+        raise ValueError(f"{place}: {name!r:.200} leads out of {folder}: '..' is not allowed")
+    if not name.isprintable():
+        raise ValueError(f"{place}: {name!r:.200} has a control character")
+    return os.path.join(folder, name)
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...], hint: str) -> list[str]:
+    """Sorted names of the files with one of the suffixes; ValueError that names the folder if there are none."""
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"the folder {folder} does not exist: {hint}") from None
+    if not names:
+        raise ValueError(f"the folder {folder} has no file {' or '.join('*' + suffix for suffix in suffixes)}: {hint}")
+    return names
+
+
+def list_images(folder: Path, hint: str) -> dict[str, str]:
+    """File names of the images of a folder, by name without suffix, sorted."""
+    return {os.path.splitext(name)[0]: name for name in list_files(folder, IMAGE_SUFFIXES, hint)}

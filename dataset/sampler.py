@@ -1,0 +1,74 @@
+"""Which samples a process sees, in which order: a function of (seed, epoch) alone, so that a run can stop and continue anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffled epoch, dealt out to the processes like cards; incomplete last batches are dropped.
+
+    The union of the k-th batches of all processes is the k-th batch that one process would draw with their joint batch size.
+
+    Args:
+        length: size of the data set.
+        batch_size: per process.
+        seed: of the run.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.first_batch = 0
+
+    @property
+    def batches(self) -> int:
+        """Complete batches of an epoch."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def set_position(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch within it, that the next iteration starts with."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def indices(self) -> list[int]:
+        """This process's samples of the current epoch, complete batches only."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator)[: self.batches * self.batch_size * self.world_size]
+        return order[self.rank :: self.world_size].tolist()
+
+    def batch(self, number: int) -> list[int]:
+        """The samples of one batch of the current epoch."""
+        return self.indices()[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices()[self.first_batch * self.batch_size :])
+
+    def __len__(self) -> int:
+        return (self.batches - self.first_batch) * self.batch_size
+
+
+class PartSampler(Sampler[int]):
+    """Every sample exactly once over all processes, in order: evaluation counts no image twice.
+
+    Args:
+        length: size of the data set.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1):
+        self.samples = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)

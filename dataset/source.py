@@ -1,0 +1,85 @@
+"""FileSource: the images and masks of a layout, with the scan that finds which classes each mask shows."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from dataset.cache import cached, fingerprint, some
+from dataset.files import inspect, read_pair
+from dataset.layout import FilePair, Layout
+
+_LOG = logging.getLogger(__name__)
+#: A scan of fewer masks than this is not worth a line in the log.
+_SILENT = 500
+
+
+class FileSource:
+    """One split of a data set on disk as a source of `dataset.base`.
+
+    Args:
+        layout: where the files are.
+        root: `--data_root`.
+        train: the training split, or the validation split.
+
+    Raises:
+        ValueError: the split is missing or empty.
+    """
+
+    def __init__(self, layout: Layout, root: Path, train: bool) -> None:
+        self.layout, self.root = layout, root
+        self.split = layout.split_names[0 if train else 1]
+        self.title = f"split {self.split} of {layout.name}"
+        self._pairs: list[FilePair] = layout.pairs(root, train)
+        #: (256,) int16, from the values of a mask to class ids, -1 for values no mask may have
+        self.class_table = layout.class_table(len(layout.read_classes(root)))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) and mask (H, W), uint8; ValueError that names the file for one that is damaged."""
+        return read_pair(*self.files(index))
+
+    def files(self, index: int) -> tuple[str, str]:
+        """Paths of the image and the mask."""
+        return self._pairs[index].image, self._pairs[index].mask
+
+    def presence(self) -> np.ndarray:
+        """(N, 256) bool: which class ids each mask shows (its domain in a domain-incremental data set).
+
+        The masks are read once, and again only when a file has changed.
+
+        Raises:
+            ValueError: a file is missing, a mask cannot be used or does not fit its image; names the files.
+        """
+        key = fingerprint([path for pair in self._pairs for path in pair[:2]], f"{self.class_table.tolist()}")
+        if self.layout.domains:
+            shown = np.zeros((len(self), 256), dtype=bool)
+            shown[np.arange(len(self)), [pair.domain for pair in self._pairs]] = True
+            return shown
+        return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
+
+    def _scan(self) -> np.ndarray:
+        if len(self) >= _SILENT:
+            _LOG.info("reading the %d masks of %s, once", len(self), self.title)
+        shown, problems = self.inspect(np.arange(len(self)))
+        problems = [problem for problem in problems if problem]
+        if problems:
+            raise ValueError(some(problems))
+        return shown
+
+    def inspect(self, indices: np.ndarray, decode: bool = False) -> tuple[np.ndarray, list[str]]:
+        """Reads the masks and the headers of the images (with `decode`, whole images) of some samples.
+
+        Returns:
+            (M, 256) bool, the class ids each mask shows, none for one with a problem; the M problems, "" for none.
+        """
+        pairs = [self.files(index) for index in indices]
+        found = inspect(pairs, frozenset(np.flatnonzero(self.class_table >= 0).tolist()), decode)
+        shown = np.zeros((len(pairs), 256), dtype=bool)
+        for row, (values, _) in zip(shown, found):
+            row[self.class_table[values]] = True
+        return shown, [problem for _, problem in found]

@@ -1,0 +1,82 @@
+"""Joint transforms of an image and its mask: the official ones, by the kernels of torchvision.transforms.v2.
+
+All geometry is done on uint8 tensors before the conversion to float: that is a quarter of the memory traffic, and the
+uint8 kernels agree with Pillow's, which the official program uses. Images are resized bilinearly with antialiasing,
+masks by the nearest pixel (centre to centre, as Pillow does it). No transform here ever pads: a random crop lies within
+the image, and the centre crop follows a resize of the short side to the same size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_SCALE = torch.tensor([1 / (255 * std) for std in IMAGENET_STD]).view(3, 1, 1)
+_SHIFT = torch.tensor([-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]).view(3, 1, 1)
+_NEAREST = v2.InterpolationMode.NEAREST_EXACT
+
+
+class Pair(NamedTuple):
+    """An image (3, H, W) and its mask (H, W), both uint8."""
+
+    image: Tensor
+    mask: Tensor
+
+
+def normalise(image: Tensor) -> Tensor:
+    """(3, H, W) uint8 → contiguous float32 with ImageNet's mean and deviation, in one pass over the memory."""
+    out = torch.empty(image.shape, dtype=torch.float32)
+    return out.copy_(image).mul_(_SCALE).add_(_SHIFT)
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """The inverse of `normalise`, for pictures: (..., 3, H, W) float → uint8."""
+    scale, shift = _SCALE.to(image), _SHIFT.to(image)
+    return ((image - shift) / scale).round().clamp(0, 255).to(torch.uint8)
+
+
+class TrainTransform:
+    """RandomResizedCrop(size, scale=(0.5, 2)) and RandomHorizontalFlip, drawn from torch's global generator."""
+
+    scale = (0.5, 2.0)
+    ratio = (3 / 4, 4 / 3)
+
+    def __init__(self, size: int) -> None:
+        self.size = [size, size]
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Pair:
+        """Image (3, H, W) and mask (H, W) uint8 → the same crop of both, (3, size, size) and (size, size)."""
+        box = v2.RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
+        image = F.resized_crop(image, *box, self.size, antialias=True)
+        mask = F.resized_crop(mask[None], *box, self.size, interpolation=_NEAREST)[0]
+        if torch.rand(1) < 0.5:
+            image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+        return Pair(image, mask)
+
+
+class EvalTransform:
+    """Resize(size) of the short side and CenterCrop(size)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = [size]
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Pair:
+        """Image (3, H, W) and mask (H, W) uint8 → (3, size, size) and (size, size)."""
+        image = F.center_crop(F.resize(image, self.size, antialias=True), self.size)
+        mask = F.center_crop(F.resize(mask[None], self.size, interpolation=_NEAREST), self.size)[0]
+        return Pair(image, mask)
+
+
+class FullImage:
+    """The image as it is (`--crop_val` turns the crop off): sizes differ, so the loader takes them one by one."""
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Pair:
+        """Image (3, H, W) and mask (H, W) uint8, unchanged."""
+        return Pair(image, mask)

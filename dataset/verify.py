@@ -1,0 +1,50 @@
+"""Whether a data set on disk is complete: what the scripts/prepare_*.py have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dataset import DATASETS
+from dataset.source import FileSource
+
+
+def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
+    """Reads every mask and the header of every image of a data set, and prints what each split has.
+
+    Args:
+        name: `--dataset`.
+        root: `--data_root`.
+        official: numbers of training and validation images of the published data set.
+
+    Returns:
+        a sentence for everything that is not as it should be.
+    """
+    layout, problems = DATASETS[name], []
+    for train, expected in zip((True, False), official):
+        source = FileSource(layout, root, train)
+        shown, found = source.inspect(np.arange(len(source)))
+        problems += [problem for problem in found if problem]
+        classes = int(shown[:, : len(layout.classes)].any(axis=0).sum())
+        print(
+            f"{source.title}: {len(source)} images (published: {expected}), {classes} of {len(layout.classes)} labels"
+        )
+        if len(source) != expected:
+            problems.append(f"the {source.title} has {len(source)} images, the published one {expected}")
+    return problems
+
+
+def run(work: Callable[[], list[str]]) -> int:
+    """Runs a script's work and says how it ended: exit status 0, 1 with problems, 2 with an error."""
+    try:
+        problems = work()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print("complete" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0

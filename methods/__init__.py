@@ -1,0 +1,65 @@
+"""The methods: a registry, and the composition of a method from what its options switch on.
+
+To add one: write methods/mine.py with a subclass of `Method` (name, paper, preset; options and terms of its own where it has any),
+and add it to `METHODS`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from dataset.tasks import Task
+from methods.base import Method, Part
+from methods.ewc import EWC, WeightPenalty
+from methods.ft import FT, BackgroundModes, Classification, EntropyMinimisation, WeightAlignment
+from methods.ilt import ILT, BodyDistillation
+from methods.joint import Joint
+from methods.lskd import LSKD, LayerSpecificDistillation
+from methods.lwf import LWF, OutputDistillation
+from methods.lwf_mc import LWFMC, ICarl
+from methods.mib import MiB
+from methods.pi import PI
+from methods.plop import PLOP, PodDistillation, PseudoLabels
+from methods.rw import RW
+
+#: `--method` by name.
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (FT, Joint, LWF, LWFMC, ILT, EWC, RW, PI, MiB, PLOP, LSKD)
+}
+
+#: In the order in which they prepare a batch and list their terms: pseudo-labels come before all that looks at labels.
+PARTS: tuple[type[Part], ...] = (
+    BackgroundModes,
+    PseudoLabels,
+    Classification,
+    LayerSpecificDistillation,
+    OutputDistillation,
+    BodyDistillation,
+    ICarl,
+    PodDistillation,
+    EntropyMinimisation,
+    WeightPenalty,
+    WeightAlignment,
+)
+
+
+def build(opts: Namespace, task: Task) -> Method:
+    """The method that the options name, with the parts that they switch on.
+
+    Args:
+        opts: parsed and checked.
+        task: the step to be trained.
+
+    Returns:
+        The method; plain fine-tuning without `--method`.
+    """
+    return METHODS[opts.method or "FT"](opts, task, PARTS)
+
+
+def describe() -> str:
+    """One line a method: name, year, paper, preset."""
+    lines = []
+    for method in METHODS.values():
+        preset = ", ".join(f"{key}={value}" for key, value in method.preset.items()) or "no preset"
+        lines.append(f"{method.name:<7} {method.paper} {method.year}; {preset}")
+    return "\n".join(lines)

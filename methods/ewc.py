@@ -1,0 +1,62 @@
+"""EWC: elastic weight consolidation; and the part that every penalty on weights shares (EWC, PI, RW).
+
+regularizer   --reg_importance · Σ importance · (p − p_old)², its gradient added after the main backward pass
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dataset.tasks import Task
+from methods.base import Method, Part
+from utils.regularizer import REGULARIZERS
+
+
+class WeightPenalty(Part):
+    """Measures importance at every step, step 0 included, and penalises moving what was important before."""
+
+    state_key = "regularizer"
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """With --regularizer."""
+        return opts.regularizer is not None
+
+    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
+        """Read the importance of earlier steps."""
+        self.regularizer = REGULARIZERS[self.opts.regularizer](model, previous, self.opts)
+
+    def after_backward(self, model: nn.Module) -> dict[str, Tensor]:
+        """Measure on the loss's own gradients, then add the penalty's."""
+        self.regularizer.update(model)
+        if not self.regularizer.weights:
+            return {}
+        return {"regularizer": self.regularizer.penalise(model)}
+
+    def after_step(self, model: nn.Module) -> None:
+        """Measure the way that was gone."""
+        self.regularizer.after_step(model)
+
+    def end_step(self, model: nn.Module) -> None:
+        """Close the measurement of this step."""
+        self.regularizer.finish(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importance for the next step, measurement for a resume."""
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an interrupted measurement."""
+        self.regularizer.load_state_dict(state)
+
+
+class EWC(Method):
+    """Elastic weight consolidation."""
+
+    name = "EWC"
+    paper = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS"
+    year = 2017
+    preset = {"regularizer": "ewc", "reg_importance": 100.0}

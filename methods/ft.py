@@ -1,0 +1,155 @@
+"""FT: plain fine-tuning, and what every method builds on: the classification loss and its variants.
+
+ce        cross entropy on the (pseudo-)labels, per pixel, times the pixel weights, mean over all pixels, times --ce_factor
+entropy   --entropy_min: the student's own entropy on background pixels
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataset.tasks import Task
+from methods.base import Method, Part
+from utils import loss, pseudo
+from utils.types import IGNORE, Batch
+
+
+class Classification(Part):
+    """The classification loss that the flags choose.
+
+    Reference: cross entropy is the default; MiB (CVPR 2020) for --unce; focal loss (Lin et al., ICCV 2017); NCA (PODNet, ECCV 2020).
+    iCaRL's disjoint loss replaces it altogether (methods/lwf_mc.py).
+    """
+
+    def __init__(self, opts: Namespace, task: Task):
+        super().__init__(opts, task)
+        self.cosine_scale: Tensor | float = 1.0
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """Always, but where iCaRL's disjoint loss takes its place."""
+        return not (opts.icarl and opts.icarl_disjoint and task.step > 0)
+
+    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
+        """NCA's margin is in units of the cosine, the logits are scaled: the classifier's scale translates."""
+        scale = getattr(model.cls, "scalar", None)
+        self.cosine_scale = 1.0 if scale is None else scale
+
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(logits, labels) -> (B, H, W)."""
+        opts, old = self.opts, self.task.num_old
+        if opts.bce or opts.icarl:
+            return loss.binary_cross_entropy
+        if opts.nca:
+            margin = opts.nca_margin * self.cosine_scale
+            if old and opts.unce:
+                return lambda logits, labels: loss.unbiased_nca(logits, labels, old, margin=margin)
+            return lambda logits, labels: loss.nca(logits, labels, margin=margin)
+        if opts.unce and old:
+            return lambda logits, labels: loss.unbiased_cross_entropy(logits, labels, old)
+        if opts.focal_loss:
+            return lambda logits, labels: loss.focal(logits, labels, gamma=opts.focal_loss_gamma, alpha=opts.alpha)
+        if opts.focal_loss_new and old:
+            return lambda logits, labels: loss.unbiased_focal(
+                logits, labels, old, gamma=opts.focal_loss_gamma, alpha=opts.alpha
+            )
+        return loss.cross_entropy
+
+    def per_pixel(self, batch: Batch) -> Tensor:
+        """(B, H, W) loss before pixel weights."""
+        logits, old = batch.student.logits, self.task.num_old
+        if self.opts.pseudo_soft is not None and batch.teacher is not None:
+            certain = pseudo.certain_pixels(batch.truth, batch.pseudo_mask, old, self.opts.pseudo_soft)
+            return loss.soft_cross_entropy(
+                logits, batch.labels, batch.teacher.logits, certain, self.opts.pseudo_soft_factor
+            )
+        if self.opts.ce_on_pseudo and batch.pseudo_mask is not None:
+            # Confident old pixels take cross entropy on their pseudo-label, all others the criterion on the truth.
+            chosen = batch.labels.masked_fill(~batch.pseudo_mask, IGNORE)
+            rest = batch.truth.masked_fill(batch.pseudo_mask, IGNORE)
+            return loss.cross_entropy(logits, chosen) + self.criterion()(logits, rest)
+        labels = batch.labels
+        if self.opts.ce_on_new:
+            labels = labels.masked_fill(labels == 0, IGNORE)
+        return self.criterion()(logits, labels)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """{"ce": mean over all pixels, ignored ones counted as 0, as released}."""
+        value = self.per_pixel(batch)
+        if batch.pixel_weights is not None:
+            value = value * batch.pixel_weights.to(value.dtype)
+        if self.opts.sample_weights_new is not None:
+            new = (batch.truth >= self.task.num_old) & (batch.truth != IGNORE)
+            value = torch.where(new, self.opts.sample_weights_new * value, value)
+        return {"ce": self.opts.ce_factor * value.mean()}
+
+
+class EntropyMinimisation(Part):
+    """Confident predictions on background pixels."""
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --entropy_min."""
+        return opts.entropy_min > 0 and task.step > 0
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """{"entropy": factor · mean entropy}."""
+        value = loss.entropy_minimisation(batch.student.logits, batch.labels, self.opts.entropy_min_mean_pixels)
+        return {"entropy": self.opts.entropy_min * value}
+
+
+class WeightAlignment(Part):
+    """Rescale the new classifier's weights to the norm of others, after every epoch or once after the step.
+
+    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020.
+    """
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --align_weight."""
+        return opts.align_weight is not None and task.step > 0 and not task.domain
+
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        """--align_weight_frequency epoch."""
+        if self.opts.align_weight_frequency == "epoch":
+            model.align_weight(self.opts.align_weight)
+
+    def end_step(self, model: nn.Module) -> None:
+        """--align_weight_frequency task."""
+        if self.opts.align_weight_frequency == "task":
+            model.align_weight(self.opts.align_weight)
+
+
+class BackgroundModes(Part):
+    """Start the new classes from the background modes that respond to them (--init_multimodal)."""
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with several background modes."""
+        return opts.nb_background_modes > 1 and opts.init_multimodal is not None and task.step > 0 and not task.domain
+
+    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
+        """Keep the student for the beginning of the step."""
+        self.model = model
+
+    def begin_step(self, loader, teacher: nn.Module | None, device: torch.device) -> None:
+        """One pass over the step's images."""
+        self.model.init_from_background_modes(loader, self.opts.init_multimodal)
+
+
+def growth(task: Task) -> float:
+    """sqrt(C / C_new), the schedule of the PLOP family; 1 where no class is added."""
+    return loss.pod_schedule(task.num_total, task.num_new)
+
+
+class FT(Method):
+    """Fine-tuning: no preset. The official scripts spell PLOP and LSKD as FT plus their flags."""
+
+    name = "FT"
+    paper = "fine-tuning, the lower bound"
+    year = 2020

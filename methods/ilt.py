@@ -1,0 +1,40 @@
+"""ILT: LwF, and the mean squared error between the outputs of the two bodies.
+
+kd     as in methods/lwf.py
+body   --loss_de · MSE(body of the student, body of the teacher)
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from torch import Tensor
+
+from dataset.tasks import Task
+from methods.base import Method, Part
+from utils import loss
+from utils.types import Batch
+
+
+class BodyDistillation(Part):
+    """Keep the features of the last residual stage."""
+
+    needs_teacher = True
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --loss_de."""
+        return opts.loss_de > 0 and task.step > 0
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """{"body": scalar}."""
+        return {"body": self.opts.loss_de * loss.body_distillation(batch.student.body, batch.teacher.body)}
+
+
+class ILT(Method):
+    """Incremental Learning Techniques for semantic segmentation."""
+
+    name = "ILT"
+    paper = "Michieli and Zanuttigh, Incremental Learning Techniques for Semantic Segmentation, ICCVW"
+    year = 2019
+    preset = {"loss_kd": 100.0, "loss_de": 100.0}

@@ -1,0 +1,151 @@
+"""LSKD: layer-specific knowledge distillation. Every tap has its own scheme and its own weight.
+
+With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask that says where a speaks of old classes:
+
+    views   x_o = x without its old pixels, x_n = x without its new ones; the teacher sees all three      (utils.masks)
+    mask    M keeps what changes little without the old pixels or much without the new ones                (utils.masks)
+    pod     local POD of a and b                                       stages 1, 2                         (utils.pod)
+    md      local POD of a·M and b·M                                   stages 3, 4, pre_logits, logits     (utils.loss)
+    mcd     --mcd_factor · distance of second-order pooled a·M, b·M    pre_logits                          (utils.loss)
+    ce, kd  cross entropy and unbiased distillation of outputs         (methods/ft.py, methods/lwf.py)
+    loss    Σ λ_i ℓ_i, λ balanced by gradients (RGE)                   (utils.equilibrium)
+
+`--tap_schemes` chooses among none, pod, md, mcd and md+mcd for each of the six taps. Neither PLOP's schedule nor a mean over taps
+enters. At step 0 there is no teacher and LSKD is plain training.
+
+Reference: "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation", IEEE TIP 2024. What its release computes
+differently from its text is said where it is computed.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from torch import Tensor, nn
+
+from dataset.tasks import Task
+from methods.base import Method, Part
+from methods.plop import PLOP, pod_options
+from utils import equilibrium, loss, masks, pod
+from utils.amp import full
+from utils.types import TAP_NAMES, Batch
+
+#: Names of the erased views of the teacher.
+WITHOUT_OLD, WITHOUT_NEW = "without_old", "without_new"
+
+#: The taps whose λ are to grow with depth, shallow first; the logits are not among them.
+DEPTH = TAP_NAMES[:5]
+#: RGE's group B, the shallow taps; all other terms are group A.
+SHALLOW = TAP_NAMES[:3]
+
+
+class LayerSpecificDistillation(Part):
+    """LSKD's feature terms and its balance."""
+
+    needs_teacher = True
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --mask_rule (--sigmoid)."""
+        return opts.mask_rule is not None and task.step > 0
+
+    def __init__(self, opts: Namespace, task: Task):
+        super().__init__(opts, task)
+        self.pod_options = pod_options(opts)
+        self.schemes = dict(zip(TAP_NAMES, opts.tap_schemes))
+        #: (term, tap) in the order of λ: the context term stands between cross entropy and distillation, as officially.
+        self.pooled = [
+            (f"{part}/{tap}", tap)
+            for tap, scheme in self.schemes.items()
+            for part in scheme.split("+")
+            if part in ("pod", "md")
+        ]
+        self.context = [(mcd_name(tap), tap) for tap, scheme in self.schemes.items() if "mcd" in scheme.split("+")]
+        self.needs_masks = any(scheme not in ("none", "pod") for scheme in self.schemes.values())
+
+    def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
+        """The teacher's look at the two erased views."""
+        if self.needs_masks and self.opts.mask_rule != "gt":
+            without_old, without_new = masks.erased_views(batch.images, batch.labels, self.task.num_old)
+            batch.teacher_views = {WITHOUT_OLD: teacher(without_old), WITHOUT_NEW: teacher(without_new)}
+
+    def mask(self, batch: Batch, tap: str) -> Tensor:
+        """M of one tap; spatial only for the logits, whose channels are classes."""
+        index = TAP_NAMES.index(tap)
+        views = tuple(view.features[index] for view in batch.teacher_views.values()) or None
+        rule, distance = self.opts.mask_rule, self.opts.mask_distance
+        features = batch.teacher.features[index]
+        return masks.tap_mask(
+            features, views, batch.labels, self.task.num_old, rule, distance, spatial_only=tap == "logits"
+        )
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Named terms of all taps: mcd, pod/stage1, …, md/logits."""
+        kept = {tap: self.mask(batch, tap) for tap, scheme in self.schemes.items() if scheme not in ("none", "pod")}
+        teacher, student = batch.teacher.features, batch.student.features
+        named: dict[str, Tensor] = {}
+        for name, tap in self.context:
+            index = TAP_NAMES.index(tap)
+            a, b = full(teacher[index]), full(student[index])
+            if a.shape[1] != b.shape[1]:
+                b = pod.fold_extra_channels(b, a.shape[1], self.pod_options.after.extra_channels)
+            named[name] = self.opts.mcd_factor * loss.context_distillation(a, b, self.opts.mcd_groups, kept[tap])
+        pooled_masks = [kept[tap] if self.pools_masked(tap) else None for tap in TAP_NAMES]
+        distances = pod.pod_terms(teacher, student, self.pod_options, pooled_masks, batch.labels, self.task.num_old)
+        named |= {name: distances[TAP_NAMES.index(tap)] for name, tap in self.pooled}
+        return named
+
+    def pools_masked(self, tap: str) -> bool:
+        """Whether the tap's POD is of masked features."""
+        return "md" in self.schemes[tap].split("+")
+
+    def make_balancer(self, model: nn.Module) -> equilibrium.GradientEquilibrium:
+        """RGE over all terms of the run, in the official order: ce, mcd, kd, then the taps."""
+        *stages, head_norm = model.stage_weights()
+        watched = dict(zip(TAP_NAMES, [*stages, head_norm, head_norm]))
+
+        def balanced(name: str, tap: str, deep: bool) -> equilibrium.BalancedTerm:
+            depth = DEPTH.index(tap) if deep and tap in DEPTH else None
+            return equilibrium.BalancedTerm(name, watched[tap], "B" if tap in SHALLOW else "A", depth)
+
+        terms = [balanced("ce", "pre_logits", False)] if not (self.opts.icarl and self.opts.icarl_disjoint) else []
+        terms += [balanced(name, tap, False) for name, tap in self.context]
+        for name, used in (
+            ("kd", self.opts.loss_kd > 0),
+            ("body", self.opts.loss_de > 0),
+            ("icarl", self.opts.icarl),
+            ("entropy", self.opts.entropy_min > 0),
+        ):
+            terms += [balanced(name, "pre_logits", False)] if used else []
+        terms += [balanced(name, tap, True) for name, tap in self.pooled]
+        ratio = self.task.num_new / self.task.num_old
+        dtype = torch.promote_types(head_norm.dtype, torch.float32)
+        return equilibrium.GradientEquilibrium(
+            terms, self.opts.rge_alpha, self.opts.rge_beta, self.opts.rge_gamma, ratio, dtype
+        )
+
+
+def mcd_name(tap: str) -> str:
+    """Name of a tap's context term; the official one, on pre_logits, is plain "mcd"."""
+    return "mcd" if tap == "pre_logits" else f"mcd/{tap}"
+
+
+class LSKD(Method):
+    """Layer-specific knowledge distillation: PLOP's flags, unbiased distillation, masks, context and RGE."""
+
+    name = "LSKD"
+    paper = "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation, IEEE TIP"
+    year = 2024
+    preset = PLOP.preset | {
+        "unkd": True,
+        "loss_kd": 10.0,
+        "mask_distance": "cos",
+        "mask_rule": "whc",
+        "mcd_factor": 0.005,
+        "mcd_groups": 20,
+        "rge_alpha": 10.0,
+        "rge_beta": 0.0001,
+        "rge_gamma": 0.0005,
+    }
+    task_presets = PLOP.task_presets

@@ -1,0 +1,14 @@
+"""RW: Riemannian walk. The part is methods/ewc.py's, the measure utils.regularizer.RiemannianRegularizer."""
+
+from __future__ import annotations
+
+from methods.base import Method
+
+
+class RW(Method):
+    """Riemannian walk."""
+
+    name = "RW"
+    paper = "Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV"
+    year = 2018
+    preset = {"regularizer": "rw", "reg_importance": 100.0}

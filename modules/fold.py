@@ -1,0 +1,103 @@
+"""Norms of a frozen network folded into its convs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.deeplab import DeeplabV3
+from modules.norm import ABN
+
+
+class Activation(nn.Module):
+    """What is left of a norm once its affine part has moved into the conv: the activation, in place."""
+
+    def __init__(self, activation: str, slope: float) -> None:
+        super().__init__()
+        self.activation = activation
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activated map; overwrites x."""
+        return F.leaky_relu_(x, self.slope) if self.activation == "leaky_relu" else x
+
+
+def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
+    """A frozen network that computes the same without norms: every conv takes over the affine map of its norm.
+
+    In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b.
+
+    Args:
+        model: a network in evaluation mode whose parameters take no gradient; norms follow their conv in an
+            `nn.Sequential`, or stand beside it as `proj_conv`, `proj_bn`, or belong to a `DeeplabV3` head.
+        in_place: fold the given network instead of a copy, which spares the memory of a second set of weights.
+
+    Returns:
+        The folded network, equal up to rounding. Its state dict is no longer the official one: do not save it.
+    """
+    assert not model.training, "only the evaluation-mode norm is an affine map"
+    model = model if in_place else copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, DeeplabV3):
+            _fold_head(module)
+        elif isinstance(module, nn.Sequential):
+            names = list(dict(module.named_children()))
+            for first, second in pairwise(names):
+                _fold_pair(module, first, second)
+        elif getattr(module, "proj_conv", None) is not None:
+            _fold_pair(module, "proj_conv", "proj_bn")
+    left = [name for name, module in model.named_modules() if isinstance(module, ABN)]
+    assert not left, f"norms without a conv to fold into: {left}"
+    return model.requires_grad_(False)
+
+
+def _fold_pair(parent: nn.Module, conv: str, norm: str) -> None:
+    """Fold the norm of that name into the conv of that name, if that is what they are."""
+    first, second = getattr(parent, conv), getattr(parent, norm)
+    if isinstance(first, nn.Conv2d) and isinstance(second, ABN):
+        _fold([first], second)
+        setattr(parent, norm, Activation(second.activation, second.slope))
+
+
+def _fold_head(head: DeeplabV3) -> None:
+    """The head's norms: map_bn spans four concatenated convs, red_bn follows the sum of two."""
+    _fold(list(head.map_convs), head.map_bn)
+    _fold([head.global_pooling_conv], head.global_pooling_bn)
+    scale, shift = _affine(head.red_bn)
+    _scale_filters(head.red_conv, scale, shift)
+    _scale_filters(head.pool_red_conv, scale, None)  # the shift enters the sum once
+    for name in ("map_bn", "global_pooling_bn", "red_bn"):
+        norm = getattr(head, name)
+        setattr(head, name, Activation(norm.activation, norm.slope))
+
+
+def _fold(convs: Sequence[nn.Conv2d], norm: ABN) -> None:
+    """Fold a norm into the convs whose concatenated outputs it normalises."""
+    widths = [conv.out_channels for conv in convs]
+    scale, shift = _affine(norm)
+    for conv, a, b in zip(convs, scale.split(widths), shift.split(widths), strict=True):
+        _scale_filters(conv, a, b)
+
+
+@torch.no_grad()
+def _affine(norm: ABN) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of an evaluation-mode norm, in float64: it costs nothing here and rounds once."""
+    scale = norm.scale().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+@torch.no_grad()
+def _scale_filters(conv: nn.Conv2d, scale: Tensor, shift: Tensor | None) -> None:
+    """Give a conv the output scale·conv(x) + shift."""
+    bias = shift
+    if conv.bias is not None:
+        moved = conv.bias.double() * scale
+        bias = moved if shift is None else shift + moved
+    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))

@@ -1,0 +1,161 @@
+"""ImageNet weights of the body: the official files, torchvision's, or a file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+#: Norms whose scale is |weight| + eps; those of `_PLAIN` use the weight itself.
+_IN_PLACE = ("iabn_sync", "iabn")
+_PLAIN = ("abn", "std")
+
+_SOURCES = (
+    "add --pretrained torchvision (torchvision's ImageNet weights), --pretrained FILE, or --no_pretrained; the "
+    "in-place ABN files of the official programs are linked from the README of github.com/mapillary/inplace_abn"
+)
+
+
+def load_backbone(
+    body: nn.Module, backbone: str, norm: str, source: str | None, log: Callable[[str], None] = print
+) -> None:
+    """Fill the body with ImageNet weights.
+
+    Args:
+        body: a `ResNet`.
+        backbone: its name, such as "resnet101".
+        norm: its norm, a key of `modules.norm.NORMS`.
+        source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm of the same meaning),
+            "torchvision" for torchvision's weights (IMAGENET1K_V1, downloaded once into torch's cache), or a file in
+            the official naming or in torchvision's.
+        log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
+
+    Raises:
+        ValueError: no such file, a file that is no plain state dict, or one that does not fit the body.
+    """
+    file_norm = norm
+    if source == "torchvision":
+        name, state = _torchvision_state(backbone)
+        digest = ""
+    else:
+        path, file_norm = (Path(source), norm) if source else _default_file(backbone, norm, log)
+        state, digest = _read(path)
+        name = str(path)
+    if "conv1.weight" in state:
+        state, file_norm = from_torchvision(state), "abn"
+    state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+    _check(body, state, name)
+    _reexpress_scales(state, body, file_norm in _IN_PLACE, norm.startswith(_IN_PLACE))
+    body.load_state_dict(state)
+    log(f"backbone weights: {name}{f', sha256 {digest}' if digest else ''}")
+
+
+def _default_file(backbone: str, norm: str, log: Callable[[str], None]) -> tuple[Path, str]:
+    """The official file of this backbone, and the norm it was trained with."""
+    own = "iabn_sync" if norm == "iabn_sync_test" else norm
+    candidates = [own, *(n for n in (*_IN_PLACE, *_PLAIN) if n != own)]
+    paths = {n: Path("pretrained") / f"{backbone}_{n}.pth.tar" for n in candidates}
+    for candidate, path in paths.items():
+        if path.is_file():
+            if candidate != own:
+                log(f"no {paths[own]}: {path} is used, whose weights mean the same")
+            return path, candidate
+    raise ValueError(f"no backbone weights at {paths[own]}: {_SOURCES}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State dict of a file, without "module." prefixes, and the first 12 digits of the file's SHA-256."""
+    if not path.is_file():
+        raise ValueError(f"--pretrained {path}: no such file; {_SOURCES}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds "
+            f"Python objects and must be saved again as a state dict ({type(error).__name__})"
+        ) from error
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f'{path} holds no state dict: expected names and tensors, or them under "state_dict"')
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return {re.sub(r"^module\.(body\.)?", "", key): value for key, value in content.items()}, digest
+
+
+def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
+    """Name and state dict of torchvision's ImageNet weights; V1, the ones its own segmentation models start from."""
+    from torchvision import models
+
+    weights = models.get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        return f"torchvision {backbone} {weights.name}", weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"--pretrained torchvision: {weights.url} could not be fetched ({error}); download it elsewhere and name "
+            "it by --pretrained FILE, or add --no_pretrained"
+        ) from error
+
+
+def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a torchvision ResNet's state dict to the official names of the body; the classifier is dropped.
+
+    conv1, bn1 -> mod1.conv1, mod1.bn1; layerN.I.convJ -> mod(N+1).block(I+1).convs.convJ, bnJ alike;
+    downsample.0, .1 -> proj_conv, proj_bn.
+    """
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("fc."):
+            continue
+        if match := re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", key):
+            stage, block, rest = int(match[1]), int(match[2]), match[3]
+            rest = rest.replace("downsample.0", "proj_conv").replace("downsample.1", "proj_bn")
+            rest = rest if rest.startswith("proj_") else f"convs.{rest}"
+            key = f"mod{stage + 1}.block{block + 1}.{rest}"
+        else:
+            key = f"mod1.{key}"
+        renamed[key] = value
+    return renamed
+
+
+def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Raise ValueError unless the state has exactly the names and shapes of the body."""
+    own = body.state_dict()
+    # Files older than torch 0.4.1 have no batch counters; nothing computes with them.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in own]
+    misfits = [k for k in own if k in state and own[k].shape != state[k].shape]
+    for problem, keys in (("lacks", missing), ("has the unknown", unknown), ("has another shape for", misfits)):
+        if keys:
+            raise ValueError(
+                f"{name} does not fit this --backbone: it {problem} {keys[0]}"
+                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; name a file of the same ResNet"
+            )
+    for key in own:
+        state.setdefault(key, own[key])
+
+
+def _reexpress_scales(state: dict[str, Tensor], body: nn.Module, source_in_place: bool, in_place: bool) -> None:
+    """Rewrite norm weights so that the network computes the same where source and body read them differently.
+
+    In-place norms scale by |weight| + eps, plain ones by the weight. A negative plain scale is moved into the conv in
+    front of the norm (the filter and the running mean change sign), which leaves the function as it was.
+    """
+    if source_in_place == in_place:
+        return
+    norms = [key[: -len(".running_mean")] for key in state if key.endswith(".running_mean")]
+    for norm in norms:
+        eps = body.get_submodule(norm).eps
+        weight = state[f"{norm}.weight"]
+        if source_in_place:
+            state[f"{norm}.weight"] = weight.abs() + eps
+            continue
+        sign = torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
+        conv = re.sub(r"bn(\d?)$", r"conv\1", norm)
+        state[f"{norm}.weight"] = (weight.abs() - eps).clamp(min=0)
+        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] * sign
+        state[f"{conv}.weight"] = state[f"{conv}.weight"] * sign.view(-1, 1, 1, 1)

@@ -1,0 +1,109 @@
+"""ResNet bodies with dilated last stages."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modules.norm import SLOPE
+from modules.residual import ResidualBlock, Stage
+
+
+class Architecture(NamedTuple):
+    """Blocks of each of the four stages, and whether they are bottlenecks."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture((2, 2, 2, 2), False),
+    "resnet34": Architecture((3, 4, 6, 3), False),
+    "resnet50": Architecture((3, 4, 6, 3), True),
+    "resnet101": Architecture((3, 4, 23, 3), True),
+    "resnet152": Architecture((3, 8, 36, 3), True),
+}
+
+#: Dilation of each stage by output stride; a stage of dilation 1 halves the map (the first leaves that to the stem).
+DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+
+
+def xavier_(module: nn.Module) -> None:
+    """Fill the convs with Xavier-normal weights at the gain of the leaky ReLU that follows them, biases with zero."""
+    gain = nn.init.calculate_gain("leaky_relu", SLOPE)
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.xavier_normal_(m.weight, gain)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class Stem(nn.Sequential):
+    """conv1, bn1, pool1: (B, 3, H, W) -> (B, 64, H/4, W/4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return self.pool1(self.bn1(x))
+        # The CPU's max pooling is ten times faster in channels_last, which saves 5 % of a forward pass.
+        return self.pool1(self.bn1(x.contiguous(memory_format=torch.channels_last))).contiguous()
+
+
+class ResNet(nn.Module):
+    """The body: a stem (mod1) and four residual stages (mod2 to mod5).
+
+    Args:
+        backbone: a key of `ARCHITECTURES`.
+        norm: callable (num_features, activation) -> norm module.
+        output_stride: input size over the size of the last map, 16 or 8.
+
+    Attributes:
+        out_channels: channels of the last map (512 or 2048).
+
+    Raises:
+        ValueError: no such backbone or output stride.
+
+    Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; dilations as in Chen et al.,
+        "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+    """
+
+    def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
+        super().__init__()
+        if backbone not in ARCHITECTURES:
+            raise ValueError(f"--backbone {backbone}: unknown body; choose one of {', '.join(ARCHITECTURES)}")
+        if output_stride not in DILATIONS:
+            raise ValueError(f"--output_stride {output_stride}: choose 8 or 16")
+        blocks, bottleneck = ARCHITECTURES[backbone]
+        self.mod1 = Stem(
+            OrderedDict(
+                conv1=nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+                bn1=norm(64),
+                pool1=nn.MaxPool2d(3, stride=2, padding=1),
+            )
+        )
+        in_channels = 64
+        for i, dilation in enumerate(DILATIONS[output_stride]):
+            width = 64 << i
+            channels = (width, width, 4 * width) if bottleneck else (width, width)
+            stage: OrderedDict[str, nn.Module] = OrderedDict()
+            for j in range(blocks[i]):
+                stride = 2 if i > 0 and j == 0 and dilation == 1 else 1
+                stage[f"block{j + 1}"] = ResidualBlock(in_channels, channels, norm, stride, dilation)
+                in_channels = channels[-1]
+            self.add_module(f"mod{i + 2}", Stage(stage))
+        self.out_channels = in_channels
+        xavier_(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(B, 3, H, W) -> the last map (B, out_channels, h, w), and the four attentions: the stages' outputs before
+        their final activation."""
+        x = self.mod1(x)
+        attentions = []
+        for stage in (self.mod2, self.mod3, self.mod4, self.mod5):
+            x, attention = stage(x)
+            attentions.append(attention)
+        return x, tuple(attentions)

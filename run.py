@@ -1,0 +1,351 @@
+"""Train, test or describe steps of a class-incremental segmentation task.
+
+    python run.py --dataset shapes --task 6-2 --overlap --step 0 1 2 --method PLOP --backbone resnet18 --no_pretrained
+    torchrun --nproc_per_node=4 run.py --data_root DATA --dataset voc --task 15-5s --overlap --step 0 1 2 3 4 5 --method PLOP --opt_level O1
+
+One process runs without a launcher; any number under torchrun or torch.distributed.launch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch.utils.data import DataLoader
+
+import argparser
+import dataset
+import methods
+from dataset.sampler import EpochSampler, PartSampler
+from dataset.tasks import Task
+from train import NonFiniteLoss, Trainer
+from utils import amp, checkpoint, distributed, networks, results, visualize
+from utils.logger import Logger
+from utils.random_state import seed_everything
+from utils.signals import Stopped, StopRequest
+from utils.store import Store, read
+
+#: Exit codes: a user's error, a loss that is not finite.
+USER_ERROR, NON_FINITE = 2, 3
+
+#: A checkpoint holds weights and momentum; one is written beside the last good one.
+CHECKPOINT_COPIES = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        argv: words after the program's name, those of this process by default.
+
+    Returns:
+        Exit code: 0, 2 for a user's error, 3 for a non-finite loss, 130 or 143 after a stop request.
+    """
+    opts = argparser.parse(argv)
+    try:
+        argparser.check(opts)
+        if opts.list_methods:
+            print(methods.describe())
+            return 0
+        run(opts)
+    except Stopped as stopped:
+        print(f"{stopped}; the state is saved, the same command with --resume continues", file=sys.stderr)
+        return stopped.exit_code
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NON_FINITE
+    except (ValueError, OSError) as error:
+        if opts.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def run(opts: Namespace) -> None:
+    """Join the other processes and go through the steps.
+
+    Args:
+        opts: parsed and checked.
+    """
+    device = distributed.initialise(opts.device, opts.local_rank)
+    if opts.threads:
+        torch.set_num_threads(opts.threads)
+    if opts.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+    if distributed.is_main() and not opts.dry_run:
+        announce(opts, device)
+    stop = StopRequest()
+    stop.install()
+    for step in opts.step:
+        if stop.signum:
+            raise Stopped(stop.signum)
+        seed_everything(opts.random_seed)
+        task = dataset.load_task(opts, step)
+        step_opts = options_of_step(opts, task)
+        if opts.dry_run:
+            dry_run(step_opts, task)
+        elif opts.check_data:
+            check_data(step_opts, task)
+        else:
+            StepRun(step_opts, task, device, stop).go()
+
+
+def announce(opts: Namespace, device: torch.device) -> None:
+    """Say once what a preset, an official leftover or a mapping changes."""
+    if opts.preset_applied:
+        print(f"--method {opts.method}: " + ", ".join(f"{dest}={value}" for dest, value in opts.preset_applied))
+    for note in argparser.notes(opts):
+        print(f"note: {note}")
+    print(
+        amp.build(opts, device).describe(opts.opt_level) + f"; device {device}, {distributed.world_size()} process(es)"
+    )
+
+
+def options_of_step(opts: Namespace, task: Task) -> Namespace:
+    """The options as this step sees them: its learning rate and its pseudo-label threshold."""
+    opts = copy.copy(opts)
+    opts.lr_of_step = opts.lr[min(task.step, len(opts.lr) - 1)]
+    opts.threshold_of_step = opts.threshold + task.step * (opts.step_threshold or 0.0)
+    return opts
+
+
+def dry_run(opts: Namespace, task: Task) -> None:
+    """Build everything, train nothing, print one line of JSON about the step."""
+    splits = dataset.build(opts, task)
+    model = networks.build_network(opts, task.classes_per_step, pretrained=False)
+    methods.build(opts, task)
+    store = Store(opts, task)
+    if task.step > 0 and store.previous().is_file():
+        store.load_previous()
+    sampler = EpochSampler(len(splits.train), opts.batch_size, opts.random_seed, world_size=distributed.world_size())
+    line = {
+        "task": task.name,
+        "step": task.step,
+        "classes": {"old": task.num_old, "new": task.num_new, "total": task.num_total},
+        "images": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps_per_epoch": sampler.batches,
+    }
+    if distributed.is_main():
+        print(json.dumps(line), flush=True)
+
+
+def check_data(opts: Namespace, task: Task) -> None:
+    """Read every image and mask of the step and list the bad ones."""
+    faults = distributed.on_main(lambda: dataset.check_data(opts, task))
+    if faults:
+        raise ValueError(f"{len(faults)} bad files in step {task.step} of {task.name}:\n" + "\n".join(faults))
+    if distributed.is_main():
+        print(f"step {task.step} of {task.name}: every image and mask can be read")
+
+
+class StepRun:
+    """One step of a task, from its data to its row in the results.
+
+    Args:
+        opts: options of this step.
+        task: the step.
+        device: where to compute.
+        stop: the process's stop request.
+    """
+
+    def __init__(self, opts: Namespace, task: Task, device: torch.device, stop: StopRequest):
+        self.opts, self.task, self.device, self.stop = opts, task, device, stop
+        self.store = Store(opts, task)
+        self.log = Logger(progress=not opts.no_progress)
+        self.lock: FileLock | None = None
+
+    def go(self) -> None:
+        """Train (unless the step is finished or only a test is asked for), test, record."""
+        distributed.on_main(self._claim)
+        try:
+            if distributed.on_main(self._finished_before):
+                self.log.info(
+                    f"step {self.task.step} of {self.task.name} is finished: {self.store.finished(self.task.step)}"
+                )
+                return
+            self._build_data()
+            self._build_trainer()
+            if not self.test_only:
+                self._train()
+            self._test()
+            distributed.on_main(lambda: self.store.unfinished(self.task.step).unlink(missing_ok=True))
+        finally:
+            self.log.close()
+            if self.lock is not None:
+                self.lock.release()
+
+    # ------------------------------------------------------------- before work
+
+    def _claim(self) -> None:
+        """Refuse what could not be finished or would disturb another run."""
+        self.store.check_writable(self.opts.results, self.opts.logdir)
+        if not self.opts.test:
+            self.lock = self.store.lock()
+            if not self.opts.resume:
+                self.store.unfinished(self.task.step).unlink(missing_ok=True)
+
+    def _finished_before(self) -> bool:
+        """Whether `--resume` finds the step trained, tested and recorded."""
+        self.test_only = self.opts.test
+        resumable = self.opts.resume and not self.opts.test and not self.store.unfinished(self.task.step).is_file()
+        if not resumable or not self.store.finished(self.task.step).is_file():
+            return False
+        self.store.check_finished()
+        self.test_only = not results.recorded(self.opts, self.task)
+        return not self.test_only
+
+    def _build_data(self) -> None:
+        """Data sets and loaders. The main process scans first, the others then find its cache."""
+        distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
+        self.test_only = distributed.gather_objects(getattr(self, "test_only", None))[0]
+        self.splits = dataset.build(self.opts, self.task)
+        names = dataset.class_names(self.opts)
+        self.class_names = [names[label] for label in self.task.label_ids]
+        opts, world = self.opts, distributed.world_size()
+        self.sampler = EpochSampler(
+            len(self.splits.train), opts.batch_size, opts.random_seed, distributed.rank(), world
+        )
+        if self.sampler.batches == 0 and not self.test_only:
+            raise ValueError(
+                f"step {self.task.step} of {self.task.name} has {len(self.splits.train)} training images, fewer than one batch of "
+                f"{opts.batch_size} x {world} process(es); lower --batch_size"
+            )
+        self.train_loader = self._loader(self.splits.train, self.sampler, opts.batch_size, drop_last=True)
+        # Full images differ in size and cannot share a batch.
+        per_batch = opts.batch_size if opts.crop_val else 1
+        self.val_loader = self._loader(
+            self.splits.val, PartSampler(len(self.splits.val), distributed.rank(), world), per_batch
+        )
+        self.test_loader = self._loader(
+            self.splits.test, PartSampler(len(self.splits.test), distributed.rank(), world), per_batch
+        )
+
+    def _loader(self, data, sampler, batch_size: int, drop_last: bool = False) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.opts.num_workers,
+            pin_memory=self.device.type == "cuda",
+            drop_last=drop_last,
+            persistent_workers=self.opts.num_workers > 0 and sampler is self.sampler,
+            # A generator of its own: starting an iterator must not move torch's, which a resume restores.
+            generator=torch.Generator().manual_seed(self.opts.random_seed),
+        )
+
+    # ------------------------------------------------------------------ models
+
+    def _build_trainer(self) -> None:
+        task, opts = self.task, self.opts
+        previous: dict[str, Any] = {}
+        teacher = None
+        resumed = self.store.load_unfinished() if opts.resume and not self.test_only else None
+        if task.step > 0 and not self.test_only:
+            previous = self.store.load_previous()
+            teacher = networks.build_teacher(opts, task, previous).to(self.device)
+        fresh = task.step == 0 and not self.test_only and opts.ckpt is None and resumed is None
+        model = networks.build_student(opts, task, previous, pretrained=fresh)
+        if self.test_only:
+            path = Path(opts.ckpt) if opts.ckpt else self.store.finished(task.step)
+            networks.load_weights(model, read(path)["model_state"], path, strict=opts.strict_weights)
+        model = model.to(self.device)
+        if opts.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+            teacher = teacher.to(memory_format=torch.channels_last) if teacher is not None else None
+        method = methods.build(opts, task)
+        method.attach(model, previous)
+        self.trainer = Trainer(opts, task, method, model, teacher, self.device, self.log)
+        self.trainer.stop = self.stop
+        self.trainer.files_of_batch = self._files_of_batch
+        self.trainer.balancer.inherit(previous.get("loss_weights"))
+        self.trainer.start(self.sampler.batches)
+        self.resumed = resumed is not None
+        if resumed is not None:
+            self.trainer.load_state_dict(resumed)
+            self.log.info(
+                f"resumed step {task.step} at epoch {self.trainer.epoch + 1}, iteration {self.trainer.iteration + 1}"
+            )
+
+    def _files_of_batch(self) -> list[str]:
+        """Files of the batch under way, of all processes."""
+        mine = [
+            str(name) for index in self.sampler.batch(self.trainer.iteration) for name in self.splits.train.files(index)
+        ]
+        return [name for names in distributed.gather_objects(mine) for name in names]
+
+    # ---------------------------------------------------------------- training
+
+    def _train(self) -> None:
+        trainer = self.trainer
+        distributed.on_main(self._require_space)
+        folder = (
+            Path(self.opts.logdir) / f"{self.task.name}-{self.task.dataset}" / self.opts.name / f"step-{self.task.step}"
+        )
+        self.log.open(folder, trainer.total_iterations)
+        if not self.resumed:
+            self.sampler.set_position(0)
+            trainer.method.begin_step(self.train_loader, trainer.teacher, self.device)
+        try:
+            if self.opts.trial_batch:
+                trainer.trial(self.train_loader)
+            trainer.fit(self.train_loader, self.val_loader, self._save_unfinished)
+        except NonFiniteLoss:
+            state = trainer.state_dict()
+            aside = self.store.finished(self.task.step).with_suffix(".nonfinite.pth")
+            distributed.on_main(lambda: checkpoint.save(aside, {"state": state}))
+            self.log.info(f"the state before the non-finite loss is in {aside}")
+            raise
+        trainer.method.end_step(trainer.network)
+        state = trainer.state_dict()
+        distributed.on_main(lambda: self.store.save_finished(state, trainer.balancer.loss_weights))
+
+    def _save_unfinished(self) -> None:
+        state = self.trainer.state_dict()
+        distributed.on_main(lambda: self.store.save_unfinished(state))
+
+    def _require_space(self) -> None:
+        parameters = sum(
+            parameter.numel() * parameter.element_size() for parameter in self.trainer.network.parameters()
+        )
+        checkpoint.require_space(self.store.folder, CHECKPOINT_COPIES * 2 * parameters)
+
+    # -------------------------------------------------------------------- test
+
+    def _test(self) -> None:
+        trainer, task = self.trainer, self.task
+        scores = trainer.evaluate(self.test_loader, keep=self.opts.sample_num)
+        if scores is None:
+            raise Stopped(trainer.stop_agreed)
+        entry = distributed.on_main(lambda: results.write(self.opts, task, scores, self.class_names, trainer.history))
+        shown = {key: f"{100 * entry[key]:.2f}" if entry[key] is not None else "-" for key in ("old", "new", "all")}
+        self.log.info(
+            f"step {task.step} of {task.name}: mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, "
+            f"average over steps {100 * entry['average_over_steps']:.2f} (%) -> {results.csv_path(self.opts, task)}"
+        )
+        self.log.scalars(
+            {f"test/{key}": entry[key] for key in shown if entry[key] is not None}, trainer.total_iterations
+        )
+        if self.opts.visualize:
+            picture = visualize.confusion_picture(scores["Confusion Matrix"], self.class_names)
+            self.log.image("test/confusion", picture, trainer.total_iterations)
+            for number, sample in enumerate(scores["samples"]):
+                self.log.image(f"test/sample{number}", visualize.strip(*sample), trainer.total_iterations)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install what is missing, check style, run all tests. Further words go to pytest: bash scripts/test.sh -k golden
+set -euo pipefail
+# shellcheck source=scripts/install.sh
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+cd "$root"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

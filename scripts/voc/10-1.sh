@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# VOC 2012, 10-1: 10 classes, then 10 times 1. Overlapped, lr 0.01 then 0.001, 30 epochs, then 10 (PLOP) or 20 (LSKD).
+#
+#   DATA_ROOT=/data GPUS=4 METHOD=LSKD scripts/voc/10-1.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+DATA_ROOT=${DATA_ROOT:-data}
+METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
+GPUS=${GPUS:-2}
+STEPS=${STEPS:-"0 1 2 3 4 5 6 7 8 9 10"}
+FIRST_EPOCHS=${FIRST_EPOCHS:-30}
+case $METHOD in # as published; 30 where nothing is
+    PLOP) EPOCHS=${EPOCHS:-10} ;;
+    LSKD) EPOCHS=${EPOCHS:-20} ;;
+    *) EPOCHS=${EPOCHS:-30} ;;
+esac
+# further variables: scripts/common.sh
+# shellcheck source=scripts/common.sh
+source scripts/common.sh
+
+for step in $STEPS; do
+    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
+    train_step "$step" "$lr" "$epochs" --dataset voc --task 10-1 --overlap --method "$METHOD" "$@"
+done
+summary voc 10-1

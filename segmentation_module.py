@@ -1,0 +1,148 @@
+"""The network of one incremental step: body, head and one classifier per step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.classifier import Classifiers
+from modules.deeplab import DeeplabV3
+from modules.norm import ABN, make_norm
+from modules.pretrained import load_backbone
+from modules.resnet import ResNet
+from utils import distributed
+from utils.types import Taps
+
+#: Channels of the head's output, the features of the classifiers.
+HEAD_CHANNELS = 256
+
+
+class SegmentationModel(nn.Module):
+    """Body, head and classifiers; a forward pass returns `Taps`.
+
+    The names and shapes of the state dict are the official ones without the leading "module.".
+
+    Args:
+        body: (B, 3, H, W) -> (map, four attentions).
+        head: map -> (B, 256, h, w).
+        classifiers: (B, 256, h, w) -> (B, C, h, w).
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, classifiers: Classifiers) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.cls = classifiers
+        self._norms_fixed = False
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Channels of each step's classifier, background included in the first."""
+        return self.cls.classes
+
+    def forward(self, images: Tensor, full_size: bool = True) -> Taps:
+        """Taps of (B, 3, H, W) normalised images.
+
+        Args:
+            images: the batch.
+            full_size: upsample the logits to the size of the images; without it `logits` is `logits_small`, which
+                spares passes that only serve feature distillation the largest tensor of all.
+        """
+        body, attentions = self.body(images)
+        pre_logits = self.head(body)
+        small = self.cls(pre_logits)
+        logits = small
+        if full_size:
+            logits = F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
+        return Taps(logits, small, body, pre_logits, attentions)
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        """Training or evaluation mode; norms frozen by `fix_bn` stay in evaluation mode."""
+        super().train(mode)
+        if self._norms_fixed:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def fix_bn(self) -> None:
+        """Freeze every norm for good: running statistics are used and kept, weights and biases take no gradient."""
+        self._norms_fixed = True
+        for norm in self._norms():
+            norm.requires_grad_(False).eval()
+
+    def freeze_body(self) -> None:
+        """Take the body out of the training (`--freeze`): its parameters get no gradient."""
+        self.body.requires_grad_(False)
+
+    def init_new_classifier(self) -> None:
+        """MiB's balanced initialisation of the last step's classifier (`Classifiers.init_balanced`)."""
+        self.cls.init_balanced()
+
+    @torch.no_grad()
+    def init_from_background_modes(self, batches: Iterable[tuple[Tensor, Tensor]], how: str) -> None:
+        """Start the new classes from the background modes that respond to them (`Classifiers.init_from_modes`).
+
+        Args:
+            batches: (images, labels) of the step's training set, this process's share of it.
+            how: a choice of `--init_multimodal`.
+        """
+        was_training, device = self.training, self.cls[0].weight.device
+        self.eval()
+        votes = self.cls[0].weight.new_zeros(self.cls.num_new, self.cls.background_modes)
+        for images, labels in batches:
+            features = self.head(self.body(images.to(device))[0])
+            votes += self.cls.mode_votes(features, labels.to(device), how)
+        self.cls.init_from_modes(distributed.sum_(votes), how)
+        self.train(was_training)
+
+    def align_weight(self, reference: str) -> None:
+        """Rescale the new classes' weights to the norm of "old", "background" or "all" (`Classifiers.align`)."""
+        self.cls.align(reference)
+
+    def stage_weights(self) -> tuple[nn.Parameter, ...]:
+        """The first parameter of each residual stage and, last, of the head's last norm: RGE's five W."""
+        stages = (self.body.mod2, self.body.mod3, self.body.mod4, self.body.mod5)
+        return (*(next(stage.parameters()) for stage in stages), self.head.red_bn.weight)
+
+    def _norms(self) -> Iterable[ABN]:
+        return (m for m in self.modules() if isinstance(m, ABN))
+
+
+def make_model(
+    opts: Namespace, classes: Sequence[int], pretrained: bool | None = None, log: Callable[[str], None] = print
+) -> SegmentationModel:
+    """Build the network that the options ask for.
+
+    Args:
+        opts: reads backbone, norm_act, output_stride, pooling, and where present nb_background_modes,
+            multimodal_fusion, cosine, no_pretrained, pretrained.
+        classes: channels of each step's classifier, background included in the first, such as [16, 5].
+        pretrained: whether the body starts from ImageNet weights; None follows `--no_pretrained`. False where a
+            checkpoint will be loaded anyway.
+        log: called with a line of text for each thing worth saying.
+
+    Returns:
+        The model on the CPU, in training mode.
+
+    Raises:
+        ValueError: an option without meaning, or backbone weights that are missing or do not fit.
+    """
+    norm = make_norm(opts.norm_act)
+    body = ResNet(opts.backbone, norm, opts.output_stride)
+    head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, opts.output_stride, opts.pooling)
+    classifiers = Classifiers(
+        HEAD_CHANNELS,
+        classes,
+        cosine=getattr(opts, "cosine", False),
+        background_modes=getattr(opts, "nb_background_modes", 1),
+        fusion=getattr(opts, "multimodal_fusion", "sum"),
+    )
+    if pretrained is None:
+        pretrained = not getattr(opts, "no_pretrained", False)
+    if pretrained:
+        load_backbone(body, opts.backbone, opts.norm_act, getattr(opts, "pretrained", None), log)
+    return SegmentationModel(body, head, classifiers)

@@ -1,0 +1,420 @@
+"""The training loop of one step: epochs, iterations, evaluation. It names no loss and no method.
+
+trainer = Trainer(opts, task, method, model, teacher, device, log)
+trainer.fit(train_loader, val_loader, save)
+scores = trainer.evaluate(test_loader)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset.tasks import Task
+from methods.base import Method
+from metrics.stream_metrics import StreamSegMetrics
+from utils import amp, distributed, scheduler
+from utils.logger import Logger
+from utils.random_state import random_state, set_random_state
+from utils.signals import Stopped, StopRequest
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss term is NaN or infinite and the run is not told to tolerate it."""
+
+
+class Meters:
+    """Sums of named values over the iterations of an epoch, kept as plain numbers so that a resume continues them exactly."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def update(self, values: dict[str, float]) -> None:
+        """Add one iteration."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean of every value over the iterations so far."""
+        return {name: total / max(1, self.count) for name, total in self.sums.items()}
+
+
+def make_optimizer(opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter]) -> torch.optim.SGD:
+    """SGD with Nesterov momentum over body, head, classifiers and the balancer's own parameters.
+
+    Args:
+        opts: lr (of this step), lr_old, momentum, weight_decay, freeze.
+        task: `--lr_old` applies to the classifiers of earlier steps.
+        model: the student, not wrapped.
+        extra: further parameters, such as λ.
+
+    Returns:
+        The optimiser.
+    """
+
+    def group(parameters: Iterable[nn.Parameter], lr: float = opts.lr_of_step) -> dict[str, Any]:
+        return {"params": [p for p in parameters if p.requires_grad], "lr": lr, "weight_decay": opts.weight_decay}
+
+    groups = [group(model.body.parameters()), group(model.head.parameters())]
+    if opts.lr_old is not None and task.step > 0:
+        groups += [group(model.cls[:-1].parameters(), opts.lr_old), group(model.cls[-1].parameters())]
+    else:
+        groups.append(group(model.cls.parameters()))
+    groups.append(group(extra))
+    fused = next(model.parameters()).device.type == "cuda" and opts.amp_backend == "torch"
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]],
+        lr=opts.lr_of_step,
+        momentum=opts.momentum,
+        nesterov=opts.momentum > 0,
+        fused=fused,
+    )
+
+
+class Trainer:
+    """Trains and evaluates the model of one step.
+
+    Args:
+        opts: the parsed command line, with `lr_of_step` resolved.
+        task: which classes the step learns.
+        method: loss terms and hooks.
+        model: the student on its device, not wrapped.
+        teacher: the frozen model of step t-1 in eval mode, or None.
+        device: where to compute.
+        log: terminal and TensorBoard.
+
+    Attributes:
+        epoch, iteration: position of the next iteration; `iteration` counts within the epoch.
+    """
+
+    def __init__(self, opts: Namespace, task: Task, method: Method, model: nn.Module, teacher: nn.Module | None,
+                 device: torch.device, log: Logger):  # fmt: skip
+        self.opts, self.task, self.method = opts, task, method
+        self.network, self.teacher, self.device, self.log = model, teacher, device, log
+        self.dtype = next(model.parameters()).dtype
+        self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
+        self.precision = amp.build(opts, device)
+        self.balancer = method.make_balancer(model)
+        self.optimizer = make_optimizer(opts, task, model, self.balancer.parameters())
+        self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
+        self.scheduler = None
+        self.epoch = self.iteration = self.validated_epoch = 0
+        self.skipped = 0
+        self.best_score = 0.0
+        self.meters = Meters()
+        self.history: list[dict[str, Any]] = []
+        self.stop = StopRequest()
+        #: Signal that all processes agreed to stop on, or 0.
+        self.stop_agreed = 0
+        #: Names the files of the batch under way, for messages.
+        self.files_of_batch: Callable[[], list[str]] = list
+
+    # ---------------------------------------------------------------- set-up
+
+    def start(self, iterations_per_epoch: int) -> None:
+        """Fix the length of the schedule and wrap the model for several processes.
+
+        Args:
+            iterations_per_epoch: of each process.
+        """
+        self.scheduler = scheduler.build(self.opts, self.optimizer, self.opts.epochs * iterations_per_epoch)
+        if self.opts.compile:
+            self.model = torch.compile(self.model)
+        if distributed.active():
+            synced = self.opts.norm_act.startswith("iabn_sync")
+            ids = [self.device] if self.device.type == "cuda" else None
+            # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
+            self.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=not synced)
+
+    # -------------------------------------------------------------- training
+
+    def fit(self, train_loader, val_loader: Iterable | None, save: Callable[[], None]) -> None:
+        """Train to the last epoch, from wherever the trainer stands.
+
+        Args:
+            train_loader: yields (images, labels); its `sampler` takes a position and its `dataset` an epoch.
+            val_loader: for the validation every `--val_interval` epochs, or None.
+            save: writes the trainer's state; called every `--ckpt_interval` epochs, `--ckpt_minutes`, and on a stop request.
+
+        Raises:
+            Stopped: after a stop request, with the state saved.
+            NonFiniteLoss: on a loss that is NaN or infinite, see `--skip_nonfinite`.
+        """
+        while True:
+            if val_loader is not None and self._validation_due():
+                self._validate(val_loader, save)
+            if self.epoch >= self.opts.epochs:
+                return
+            self.train_epoch(train_loader, save)
+            if self.epoch % self.opts.ckpt_interval == 0 and self.epoch < self.opts.epochs:
+                save()
+
+    def train_epoch(self, loader, save: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Train from the current position to the end of the epoch.
+
+        Args:
+            loader: as in `fit`.
+            save: as in `fit`.
+
+        Returns:
+            Mean of every loss term over the epoch, all processes averaged.
+        """
+        self._position(loader)
+        self.model.train()
+        if self.opts.fix_bn:
+            self.network.fix_bn()
+        saved_at = time.monotonic()
+        bar = self.log.bar(
+            loader, f"step {self.task.step} epoch {self.epoch + 1}/{self.opts.epochs}", initial=self.iteration
+        )
+        for images, labels in bar:
+            values = self.train_iteration(images, labels)
+            self.iteration += 1
+            if values:
+                self._report(values, bar)
+            if self.stop_agreed:
+                save()
+                raise Stopped(self.stop_agreed)
+            if self._minutes_over(saved_at):
+                save()
+                saved_at = time.monotonic()
+        return self._end_epoch()
+
+    def trial(self, loader: Iterable) -> None:
+        """Run one batch forward and backward, and undo nothing because nothing is moved: does it fit into the memory?
+
+        Args:
+            loader: its first batch is taken.
+
+        Raises:
+            ValueError: the device's memory is too small.
+        """
+        images, labels = next(iter(loader))
+        try:
+            with self.precision.autocast():
+                batch = self.method.prepare(
+                    images.to(self.device, self.dtype), labels.to(self.device).long(), self.teacher
+                )
+                batch = batch.with_student(self.network(batch.images))
+            torch.stack([term.reshape(()) for term in self.method.terms(batch).values()]).sum().backward()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--trial_batch: a batch of {len(images)} at {images.shape[-1]} px does not fit into the memory of {self.device}; "
+                "lower --batch_size or --crop_size, or use --opt_level O1"
+            ) from error
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _position(self, loader) -> None:
+        if hasattr(getattr(loader, "sampler", None), "set_position"):
+            loader.sampler.set_position(self.epoch, self.iteration)
+        if hasattr(getattr(loader, "dataset", None), "set_epoch"):
+            loader.dataset.set_epoch(self.epoch)
+
+    def train_iteration(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """One step of the optimiser.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            labels: (B, H, W), positions in learning order, 255 ignored.
+
+        Returns:
+            Every loss term and the total, averaged over processes; empty if the iteration was skipped as non-finite.
+        """
+        images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
+        labels = labels.to(self.device, non_blocking=True).long()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.autocast():
+            batch = self.method.prepare(images, labels, self.teacher)
+            batch = batch.with_student(self.model(images))
+        self.balancer.gradient_scale = self.precision.gradient_scale
+        terms = self.method.terms(batch)
+        loss = self.balancer.combine(terms)
+        values = self._agree(loss, terms)
+        if not all(math.isfinite(value) for value in values.values()):
+            self._tolerate(values)
+            if self.scheduler:
+                self.scheduler.step()
+            return {}
+        self.precision.backward(loss, self.optimizer)
+        self.balancer.after_backward()
+        values |= {name: float(value) for name, value in self.method.after_backward(self.network).items()}
+        self.precision.step(self.optimizer)
+        self.method.after_step(self.network)
+        if self.scheduler:
+            self.scheduler.step()
+        return values
+
+    def _agree(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Average the losses over processes, and learn in the same message whether any of them was asked to stop."""
+        vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), loss)])  # n
+        vector = torch.cat([vector, vector.new_tensor([float(self.stop.signum)])])  # n+1
+        *values, asked = distributed.mean_(vector).tolist()
+        self.stop_agreed = max(distributed.gather_objects(self.stop.signum)) if asked else 0
+        return dict(zip((*terms, "loss"), values))
+
+    def _tolerate(self, values: dict[str, float]) -> None:
+        self.skipped += 1
+        named = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        where = f"step {self.task.step}, epoch {self.epoch + 1}, iteration {self.iteration + 1}"
+        files = ", ".join(self.files_of_batch())
+        named += f"; batch: {files}" if files else ""
+        if self.skipped > self.opts.skip_nonfinite:
+            raise NonFiniteLoss(f"non-finite loss at {where}: {named}")
+        self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}: {named}")
+
+    def _report(self, values: dict[str, float], bar) -> None:
+        self.meters.update(values)
+        if self.iteration % self.opts.print_interval == 0 or self.iteration == 1:
+            if hasattr(bar, "set_postfix"):
+                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            scalars = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in values.items()}
+            scalars |= {f"balance/{name}": float(value) for name, value in self.balancer.log_values().items()}
+            scalars["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+            self.log.scalars(scalars, self.total_iterations)
+
+    @property
+    def total_iterations(self) -> int:
+        """Iterations of this step so far."""
+        return self.scheduler.last_epoch if self.scheduler is not None else self.iteration
+
+    def _minutes_over(self, since: float) -> bool:
+        """Whether a checkpoint is due by the clock, decided by the main process for all."""
+        if not self.opts.ckpt_minutes:
+            return False
+        return distributed.any_true(time.monotonic() - since > 60 * self.opts.ckpt_minutes, self.device)
+
+    def _end_epoch(self) -> dict[str, float]:
+        balance = {name: float(value) for name, value in self.balancer.log_values().items()}
+        self.balancer.end_epoch()
+        self.method.end_epoch(self.network, self.epoch)
+        means = self.meters.means()
+        self.history.append({"epoch": self.epoch, "losses": means, "balance": balance})
+        self.epoch += 1
+        self.iteration = 0
+        self.meters = Meters()
+        text = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.log.info(f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: {text}")
+        return means
+
+    # ------------------------------------------------------------ evaluation
+
+    def _validation_due(self) -> bool:
+        at_end_of_epoch = self.iteration == 0 and self.epoch > self.validated_epoch
+        return at_end_of_epoch and self.epoch % self.opts.val_interval == 0
+
+    def _validate(self, loader: Iterable, save: Callable[[], None]) -> None:
+        scores = self.evaluate(loader, title=f"validation after epoch {self.epoch}")
+        if scores is None:
+            save()
+            raise Stopped(self.stop_agreed)
+        self.validated_epoch = self.epoch
+        self.best_score = max(self.best_score, scores["Mean IoU"])
+        self.history[-1]["val_miou"] = scores["Mean IoU"]
+        self.log.scalars({"val/mIoU": scores["Mean IoU"], "val/accuracy": scores["Overall Acc"]}, self.total_iterations)
+        self.log.info(
+            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {scores['Mean IoU']:.4f}"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable, title: str = "test", keep: int = 0) -> dict[str, Any] | None:
+        """Scores of the student over a loader; every image counts once, whatever the number of processes.
+
+        Args:
+            loader: yields (images, labels); each process holds its own part of the images.
+            title: text before the progress bar.
+            keep: number of (image, label, prediction) triples to return under "samples", on the main process.
+
+        Returns:
+            The scores of `StreamSegMetrics.get_results`, with the (C, C) "Confusion Matrix"; None if a stop was asked for.
+        """
+        metrics = StreamSegMetrics(self.task.num_total, self.device)
+        self._share_buffers()
+        was_training = self.network.training
+        self.network.eval()
+        samples: list[tuple[Tensor, Tensor, Tensor]] = []
+        for images, labels in self.log.bar(loader, title):
+            if self.stop.signum:
+                break
+            predictions = self.predict(images)
+            metrics.update(labels.to(self.device, non_blocking=True), predictions)
+            samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
+        self.network.train(was_training)
+        self.stop_agreed = max(distributed.gather_objects(self.stop.signum))
+        if self.stop_agreed:
+            return None
+        distributed.sum_(metrics.confusion_matrix)
+        return metrics.get_results() | {"Confusion Matrix": metrics.confusion_matrix.cpu(), "samples": samples}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Most likely class of every pixel.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+
+        Returns:
+            (B, H, W) int64.
+        """
+        images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
+        with self.precision.autocast():
+            logits = self.network(images).logits
+        if self.opts.dont_predict_bg:
+            logits[:, 0] = -math.inf
+        return logits.argmax(dim=1)
+
+    def _share_buffers(self) -> None:
+        """Norm statistics that are not synchronised differ between processes: the main process's are evaluated."""
+        if distributed.active():
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    # ----------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact continuation needs; call it on all processes."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "precision": self.precision.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "method": self.method.state_dict(),
+            "position": [self.epoch, self.iteration, self.validated_epoch, self.skipped],
+            "meters": [self.meters.sums, self.meters.count],
+            "best_score": self.best_score,
+            "history": self.history,
+            "random": distributed.gather_objects(random_state(self.device)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, with the same number of processes.
+
+        Raises:
+            ValueError: taken with another number of processes.
+        """
+        if len(state["random"]) != distributed.world_size():
+            raise ValueError(
+                f"the interrupted run had {len(state['random'])} processes, this one has {distributed.world_size()}; "
+                "start as many as before, or without --resume"
+            )
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.load_state_dict(state["precision"])
+        self.balancer.load_state_dict(state["balancer"])
+        self.method.load_state_dict(state["method"])
+        self.epoch, self.iteration, self.validated_epoch, self.skipped = state["position"]
+        self.meters.sums, self.meters.count = state["meters"]
+        self.best_score = state["best_score"]
+        self.history = state["history"]
+        set_random_state(state["random"][distributed.rank()], self.device)

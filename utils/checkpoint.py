@@ -1,0 +1,213 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit, and that run no code when they are read.
+
+A file is written beside its place, flushed to the disk, read back and verified, and only then renamed over the previous one,
+so the last good checkpoint is never replaced by a bad one. Its content carries a checksum. Files are read with
+`weights_only=True`: tensors and plain Python values only, which the official checkpoints satisfy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Prefix of the official parameter names: their model was saved inside its distributed wrapper.
+PREFIX = "module."
+
+#: Official name of LSKD's λ, which lives outside the network here.
+LOSS_WEIGHTS = "head.lossweights"
+
+CHECKSUM = "checksum"
+
+#: Marks files of this program, so that one whose checksum entry itself was damaged is not taken for an official file.
+FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
+
+
+def _numpy_scalars() -> list:
+    """What the official files hold beside tensors: numpy floats as scores. Plain data, no code."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed: list = [multiarray.scalar, np.dtype]
+    if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5 takes names beside objects
+        # Files written by numpy 1 name numpy.core, those of numpy 2 numpy._core: both stand for the same function.
+        allowed += [(multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return allowed + [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+
+
+@contextlib.contextmanager
+def _allowing_numpy_scalars():
+    if hasattr(torch.serialization, "safe_globals"):
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            yield
+    else:
+        torch.serialization.add_safe_globals(_numpy_scalars())
+        yield
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over a nested structure of tensors and plain values.
+
+    Args:
+        value: dicts, lists, tuples, tensors, numbers, strings, None; dicts are hashed in the order of their keys' text.
+
+    Returns:
+        Hexadecimal digest.
+    """
+    sha = hashlib.sha256()
+
+    def feed(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            sha.update(f"tensor {item.dtype} {tuple(item.shape)}".encode())
+            plain = item.detach().cpu().contiguous().reshape(-1)
+            sha.update(memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else b"")
+        elif isinstance(item, dict):
+            sha.update(f"dict {len(item)}".encode())
+            for key in sorted(item, key=repr):
+                sha.update(repr(key).encode())
+                feed(item[key])
+        elif isinstance(item, (list, tuple)):
+            sha.update(f"sequence {len(item)}".encode())
+            for element in item:
+                feed(element)
+        else:
+            sha.update(repr(item).encode())
+
+    feed(value)
+    return sha.hexdigest()
+
+
+def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that the path holds either the previous file or this one, complete and verified.
+
+    Args:
+        path: where it goes; missing folders are made.
+        state: tensors and plain values. A "checksum" entry is added to the file.
+
+    Raises:
+        OSError: the disk is full or broken; the previous file is untouched and no partial file is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        with open(aside, "wb") as file:
+            state = {**state, FORMAT: FORMAT_VERSION}
+            _serialise({**state, CHECKSUM: digest(state)}, file, path)
+            file.flush()
+            os.fsync(file.fileno())
+        load(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _serialise(state: dict, file, path: Path) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # torch's writer reports a failing disk as a RuntimeError of its own ("enforce fail ... unexpected pos").
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise OSError(
+            errno.EIO, f"writing the checkpoint failed ({str(error).splitlines()[0]}); is the disk full?", str(path)
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running any code of it.
+
+    Args:
+        path: a file of this program or an official one.
+
+    Returns:
+        The dictionary it holds, without checksum and format mark.
+
+    Raises:
+        ValueError: missing, truncated or damaged, not a checkpoint, or holding more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        with _allowing_numpy_scalars():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_unpickling_message(path, error)) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError,
+            OverflowError, MemoryError, UnicodeDecodeError, AssertionError, ImportError) as error:  # fmt: skip
+        raise ValueError(
+            f"checkpoint {path} is truncated or damaged ({type(error).__name__}); restore it or train the step again"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; it is no checkpoint of this program"
+        )
+    expected = state.pop(CHECKSUM, None)
+    if (expected is not None or FORMAT in state) and digest(state) != expected:
+        raise ValueError(
+            f"checkpoint {path} is damaged: its content does not match its checksum; restore it or train the step again"
+        )
+    state.pop(FORMAT, None)
+    return state
+
+
+def _unpickling_message(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "Unsupported" in text or "GLOBAL" in text:
+        return f"checkpoint {path} is refused: it holds Python objects beside tensors, which could run code when loaded"
+    return f"checkpoint {path} is truncated or damaged; restore it or train the step again"
+
+
+def require_space(folder: str | os.PathLike, needed: int) -> None:
+    """Refuse to start what could not be saved.
+
+    Args:
+        folder: where checkpoints go; its nearest existing parent is asked.
+        needed: bytes.
+
+    Raises:
+        ValueError: less is free, or the folder cannot be written.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--checkpoint {folder}: {place} is not a folder that can be written; name another with --checkpoint"
+        )
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"--checkpoint {folder}: {free / 1e6:.0f} MB free, the checkpoints need {needed / 1e6:.0f} MB; "
+            "free some space or name another folder with --checkpoint"
+        )
+
+
+def with_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Parameter names as the official files have them."""
+    return {PREFIX + name: value for name, value in state.items()}
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Parameter names without the distributed wrapper's prefix, where they have it."""
+    return {name.removeprefix(PREFIX): value for name, value in state.items()}

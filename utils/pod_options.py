@@ -1,0 +1,173 @@
+"""`--pod_options` and its companions, read once and checked: which embedding each tap gets, and how it is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+#: Taps that belong to the ResNet body; those after them belong to the DeepLab head (`--pod_apply`).
+BACKBONE_TAPS = 4
+
+_CHOICES = {
+    "type": ("local", "spatial", "global"),
+    "prepro": ("pow", "none", "abs", "relu"),
+    "extra_channels": ("sum", "trim"),
+    "difference_function": ("frobenius", "l1", "kl", "bce"),
+    "normalize_per_scale": (False, True, "spm"),
+    "norm": (False, True),
+    "use_adaptative_factor": (False, True),
+}
+
+
+def _known(given: Any, keys: set[str], place: str) -> None:
+    """Refuses what is not a JSON object, or has a key that is not known."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{place} is {given!r}; it must be a JSON object with keys out of {', '.join(sorted(keys))}.")
+    for key in given:
+        if key not in keys:
+            raise ValueError(f"Unknown key {key!r} in {place}; known are {', '.join(sorted(keys))}.")
+
+
+def _scales(scales: Any) -> tuple[int, ...]:
+    """The scales as a tuple of positive integers."""
+    if not isinstance(scales, (list, tuple)) or not scales or any(not isinstance(s, int) or s < 1 for s in scales):
+        raise ValueError(f"spp_scales={scales!r} is not a list of positive integers; the usual one is 1 2 4.")
+    return tuple(scales)
+
+
+@dataclass(frozen=True)
+class TapOptions:
+    """How one tap is compared. The names are those of the official `--pod_options`.
+
+    Attributes:
+        type: embedding, `local`, `spatial` or `global` (`--pod`).
+        factor: weight of the term (`--pod_factor`).
+        prepro: `pow`, `none`, `abs`, `relu` (`--pod_prepro`).
+        spp_scales: sides of the grids of cells (`--spp_scales`).
+        norm: scale each embedding to length 1.
+        normalize_per_scale: False; True: divide a scale by its number of cells; `spm`: spatial pyramid weights.
+        extra_channels: what to do with the student's new-class logits, `sum` or `trim`.
+        use_adaptative_factor: weight each image by its share of old pixels.
+        difference_function: `frobenius`, `l1`, `kl`, `bce`.
+    """
+
+    type: str = "local"
+    factor: float = 5.0
+    prepro: str = "pow"
+    spp_scales: tuple[int, ...] = (1, 2, 4)
+    norm: bool = False
+    normalize_per_scale: bool | str = False
+    extra_channels: str = "sum"
+    use_adaptative_factor: bool = False
+    difference_function: str = "frobenius"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spp_scales", _scales(self.spp_scales))
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if not isinstance(value, (str, bool)) or value not in choices:
+                allowed = ", ".join(map(repr, choices))
+                raise ValueError(f"{key}={value!r} in the POD options is unknown; use one of {allowed}.")
+        if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)):
+            raise ValueError(f"factor={self.factor!r} in the POD options is not a number; give one such as 0.01.")
+
+    def updated(self, changes: Any, place: str) -> TapOptions:
+        """These options with the user's changes.
+
+        Raises:
+            ValueError: a key that does not exist, named with its place and the known ones.
+        """
+        _known(changes, {field.name for field in fields(self)}, place)
+        return replace(self, **changes)
+
+
+class TapPlace(NamedTuple):
+    """What depends on where a tap lies: background mask, its factor, and whether the map is enlarged first."""
+
+    background_mask: bool
+    downscale: bool
+    factor: float | None
+    interpolate: bool
+
+
+@dataclass(frozen=True)
+class PodOptions:
+    """Everything the POD terms of a step need.
+
+    Attributes:
+        before: options of all taps but the last.
+        after: options of the last tap.
+        apply: `all`, `backbone` (the four stages) or `deeplab` (the taps after them) (`--pod_apply`).
+        deeplab_mask: keep only old pixels in the last tap, or in all if `mask_position` is `all`.
+        deeplab_mask_factor: factor of masked taps, or None for theirs.
+        deeplab_mask_downscale: bring the mask to the tap, not the tap to the mask.
+        mask_position: `last` or `all`.
+        interpolate_last: enlarge the last tap to the labels' size first (`--pod_interpolate_last`).
+    """
+
+    before: TapOptions = TapOptions()
+    after: TapOptions = TapOptions()
+    apply: str = "all"
+    deeplab_mask: bool = False
+    deeplab_mask_factor: float | None = None
+    deeplab_mask_downscale: bool = False
+    mask_position: str = "last"
+    interpolate_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.apply not in ("all", "backbone", "deeplab"):
+            raise ValueError(f"--pod_apply {self.apply!r} is unknown; use 'all', 'backbone' or 'deeplab'.")
+        if self.mask_position not in ("last", "all"):
+            raise ValueError(f"mask_position={self.mask_position!r} in --pod_options is unknown; use 'last' or 'all'.")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, default: TapOptions | None = None, **rest: Any) -> PodOptions:
+        """Reads `--pod_options`.
+
+        Args:
+            options: the decoded JSON: `{"switch": {"before": {…}, "after": {…}, "mask_position": …,
+                "normalize_per_scale": …}, "difference_function": …, "difference_function_all": …}`, or None. The
+                first difference function is the last tap's, the second that of the taps before it.
+            default: what the other flags say (`--pod`, `--pod_factor`, `--pod_prepro`, `--spp_scales`).
+            **rest: further attributes of this class.
+
+        Returns:
+            The options; `before` and `after` each start from `default`.
+
+        Raises:
+            ValueError: an unknown key or value, named with the known ones.
+        """
+        default = default or TapOptions()
+        options = {} if options is None else options
+        _known(options, {"switch", "difference_function", "difference_function_all"}, "--pod_options")
+        switch = options.get("switch", {})
+        _known(switch, {"before", "after", "mask_position", "normalize_per_scale"}, '"switch" in --pod_options')
+        if "normalize_per_scale" in switch:
+            default = replace(default, normalize_per_scale=switch["normalize_per_scale"])
+        before = default.updated(switch.get("before", {}), '"before" in --pod_options')
+        after = default.updated(switch.get("after", {}), '"after" in --pod_options')
+        if "difference_function" in options:
+            after = replace(after, difference_function=options["difference_function"])
+        if "difference_function_all" in options:
+            before = replace(before, difference_function=options["difference_function_all"])
+        if "mask_position" in switch:
+            rest["mask_position"] = switch["mask_position"]
+        return cls(before, after, **rest)
+
+    def tap(self, index: int, last: int) -> TapOptions:
+        """The options of tap `index` of taps 0..last."""
+        return self.after if index == last else self.before
+
+    def applies(self, index: int, last: int) -> bool:
+        """Whether tap `index` takes part."""
+        masked_off = self.deeplab_mask_factor == 0.0 and self.at(index, last).background_mask
+        in_backbone = index < BACKBONE_TAPS
+        return not masked_off and (self.apply == "all" or in_backbone == (self.apply == "backbone"))
+
+    def at(self, index: int, last: int) -> TapPlace:
+        """What the place of tap `index` asks for."""
+        masked = self.deeplab_mask and (index == last or self.mask_position == "all")
+        return TapPlace(
+            masked, self.deeplab_mask_downscale, self.deeplab_mask_factor, self.interpolate_last and index == last
+        )

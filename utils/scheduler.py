@@ -1,0 +1,44 @@
+"""Learning-rate schedules, stepped once per iteration."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+
+
+class PolyLR(LRScheduler):
+    """lr = lr_0 · (1 − iteration / total)^power.
+
+    Args:
+        optimizer: its groups keep their own lr_0.
+        total: number of iterations of the whole step.
+        power: exponent; the protocol uses 0.9.
+
+    Reference: the "poly" policy of DeepLab (Chen et al., TPAMI 2018), section 4.1.
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int, power: float = 0.9):
+        self.total = max(1, total)
+        self.power = power
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every group for the coming iteration."""
+        left = max(0.0, 1.0 - self.last_epoch / self.total)
+        return [base * left**self.power for base in self.base_lrs]
+
+
+def build(opts, optimizer: Optimizer, total: int) -> LRScheduler:
+    """The schedule that `--lr_policy` names.
+
+    Args:
+        opts: lr_policy, lr_power, lr_decay_step, lr_decay_factor.
+        optimizer: what is scheduled.
+        total: number of iterations of the step.
+
+    Returns:
+        A scheduler to be stepped after every iteration.
+    """
+    if opts.lr_policy == "poly":
+        return PolyLR(optimizer, total, opts.lr_power)
+    return StepLR(optimizer, step_size=opts.lr_decay_step, gamma=opts.lr_decay_factor)

@@ -1,0 +1,291 @@
+"""Where a run keeps its checkpoints, what is in them, and whether the checkpoint of step t-1 fits the step to be trained."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from dataset.tasks import Task
+from utils import checkpoint
+
+#: Number of λ in the official checkpoints, which hold them for every method.
+OFFICIAL_LOSS_WEIGHTS = 9
+
+
+class Store:
+    """The checkpoint files of a task under one name.
+
+    Args:
+        opts: checkpoint (folder), name, step_ckpt.
+        task: any step of the task.
+
+    Reference: file names and dictionary keys of the official programs, `<task>-<dataset>_<name>_<step>.pth`.
+    """
+
+    def __init__(self, opts: Namespace, task: Task):
+        self.opts = opts
+        self.task = task
+        self.folder = Path(opts.checkpoint)
+
+    def finished(self, step: int) -> Path:
+        """Checkpoint of a finished step."""
+        return self.folder / f"{self.task.name}-{self.task.dataset}_{self.opts.name}_{step}.pth"
+
+    def unfinished(self, step: int) -> Path:
+        """State of a step under way, for `--resume`."""
+        return self.finished(step).with_suffix(".resume.pth")
+
+    def previous(self) -> Path:
+        """Checkpoint that the teacher of this step is read from."""
+        if self.opts.step_ckpt is not None:
+            return Path(self.opts.step_ckpt)
+        return self.finished(self.task.step - 1)
+
+    def lock(self) -> FileLock:
+        """A lock on this name and step, released when the process ends, however it ends.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        path = self.finished(self.task.step).with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another run named {self.opts.name!r} trains step {self.task.step} of {self.task.name} into {self.folder}; "
+                "wait for it, or choose another --name or --checkpoint"
+            ) from error
+        return lock
+
+    def check_writable(self, *folders: str) -> None:
+        """Make the folders of checkpoints and outputs, before a day of training ends on one that cannot be written.
+
+        Raises:
+            ValueError: naming the folder.
+        """
+        for folder in (self.folder, *map(Path, folders)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".{os.getpid()}.probe"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise ValueError(
+                    f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
+                ) from error
+
+    def load_previous(self) -> dict[str, Any]:
+        """The checkpoint of step t-1, checked against this run.
+
+        Returns:
+            The dictionary, parameter names without the wrapper's prefix, λ apart under "loss_weights".
+
+        Raises:
+            ValueError: missing, damaged, or of another task, order, backbone or overlap setting.
+        """
+        path = self.previous()
+        if not path.is_file():
+            given = (
+                "--step_ckpt names no file"
+                if self.opts.step_ckpt
+                else "it was not trained under this --name and --checkpoint"
+            )
+            raise ValueError(
+                f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
+                f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
+            )
+        state = read(path)
+        self._check(path, state)
+        return state
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint that this step cannot build on. Official ones carry no options: their shapes alone are checked."""
+        described = state.get("task")
+        if described is not None:
+            mine = [list(step) for step in self.task.steps[: self.task.step]]
+            if described["dataset"] != self.task.dataset or described["step"] != self.task.step - 1:
+                raise ValueError(
+                    f"{path} is step {described['step']} of {described['name']} on {described['dataset']}, not step "
+                    f"{self.task.step - 1} of {self.task.name} on {self.task.dataset}; name the right file with --step_ckpt"
+                )
+            if described["steps"] != mine:
+                raise ValueError(
+                    f"{path} learned the classes {described['steps']}, task {self.task.name} has {mine} before step {self.task.step}; "
+                    "use the same --task or --task_file for all steps"
+                )
+        theirs = state.get("options", {})
+        for dest, flag in (("backbone", "--backbone"), ("output_stride", "--output_stride"), ("overlap", "--overlap"),
+                           ("cosine", "--cosine"), ("nb_background_modes", "--nb_background_modes")):  # fmt: skip
+            if dest in theirs and theirs[dest] != getattr(self.opts, dest):
+                raise ValueError(
+                    f"{path} was trained with {flag} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
+                    f"give all steps the same {flag}"
+                )
+
+    def save_finished(self, trainer_state: dict[str, Any], loss_weights: Tensor | None) -> None:
+        """Write the checkpoint of this step with the official keys, and the options and class order beside them.
+
+        Args:
+            trainer_state: of `Trainer.state_dict`.
+            loss_weights: λ, or None for methods without.
+        """
+        model_state = checkpoint.with_prefix(trainer_state["model"])
+        weights = loss_weights if loss_weights is not None else torch.ones(OFFICIAL_LOSS_WEIGHTS)
+        model_state[checkpoint.PREFIX + checkpoint.LOSS_WEIGHTS] = weights.detach().cpu().float()
+        checkpoint.save(
+            self.finished(self.task.step),
+            {
+                "epoch": trainer_state["position"][0],
+                "model_state": model_state,
+                "optimizer_state": trainer_state["optimizer"],
+                "scheduler_state": trainer_state["scheduler"],
+                "best_score": trainer_state["best_score"],
+                "trainer_state": trainer_state["method"],
+                "history": trainer_state["history"],
+                "options": plain_options(self.opts),
+                "task": describe(self.task),
+            },
+        )
+
+    def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
+        """Write the state of a step under way."""
+        checkpoint.save(
+            self.unfinished(self.task.step),
+            {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)},
+        )
+
+    def load_unfinished(self) -> dict[str, Any] | None:
+        """State of an interrupted run of this step, or None.
+
+        Raises:
+            ValueError: damaged, or of a run with other options.
+        """
+        path = self.unfinished(self.task.step)
+        if not path.is_file():
+            return None
+        state = checkpoint.load(path)
+        if "state" not in state:
+            raise ValueError(
+                f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
+            )
+        self._same_options(path, state)
+        return state["state"]
+
+    def check_finished(self) -> None:
+        """Refuse to take a step for finished that was trained with other options.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        path = self.finished(self.task.step)
+        state = read(path)
+        if "options" in state:
+            self._same_options(path, state)
+
+    def _same_options(self, path: Path, state: dict[str, Any]) -> None:
+        mine, theirs = plain_options(self.opts), state["options"]
+        changed = sorted(
+            key
+            for key in set(mine) | set(theirs)
+            if mine.get(key) != theirs.get(key) and key not in MAY_CHANGE_ON_RESUME
+        )
+        if changed or state["task"] != describe(self.task):
+            differing = (
+                ", ".join(f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in changed) or "the task"
+            )
+            raise ValueError(
+                f"--resume: {path} was written with other options ({differing}); repeat them, or start anew without --resume"
+            )
+
+
+#: Options that do not touch the numbers of a run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    [
+        "ckpt_interval",
+        "ckpt_minutes",
+        "data_root",
+        "date",
+        "debug",
+        "dry_run",
+        "local_rank",
+        "logdir",
+        "method",
+        "name",
+        "no_progress",
+        "num_workers",
+        "overwrite",
+        "print_interval",
+        "resume",
+        "results",
+        "sample_num",
+        "skip_nonfinite",
+        "step",
+        "threads",
+        "trial_batch",
+        "visualize",
+        "check_data",
+        "checkpoint",
+        "test",
+        "device",
+        "list_methods",
+        "code_directory",
+        "lr",
+        "pretrained",
+        "no_pretrained",
+        "task_file",
+    ]
+)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A finished checkpoint of this or of an official program.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its dictionary; "model_state" without the wrapper's prefix, λ apart under "loss_weights" (or None).
+
+    Raises:
+        ValueError: missing, damaged, or without "model_state".
+    """
+    state = checkpoint.load(path)
+    if not isinstance(state.get("model_state"), dict):
+        raise ValueError(
+            f"{path} is no checkpoint of a step: it has no 'model_state'; name a file that a finished step wrote"
+        )
+    model_state = checkpoint.without_prefix(state["model_state"])
+    state["loss_weights"] = model_state.pop(checkpoint.LOSS_WEIGHTS, None)
+    state["model_state"] = model_state
+    return state
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """Data set, step and class order of a task, as plain values."""
+    steps = [list(step) for step in task.steps[: task.step + 1]]
+    return {"dataset": task.dataset, "name": task.name, "step": task.step, "steps": steps}
+
+
+def plain_options(opts: Namespace) -> dict[str, Any]:
+    """Options as plain values that load without unpickling code."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    return {
+        key: plain(value)
+        for key, value in sorted(vars(opts).items())
+        if key not in ("explicit", "preset_applied", "task_preset")
+    }

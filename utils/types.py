@@ -1,0 +1,67 @@
+"""The two structures every part of the program exchanges: what a forward pass returns, and what a loss looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: Label of pixels that no loss and no metric looks at.
+IGNORE = 255
+
+#: Names of the six feature-distillation taps, in the order of `Taps.features`.
+TAP_NAMES = ("stage1", "stage2", "stage3", "stage4", "pre_logits", "logits")
+
+
+class Taps(NamedTuple):
+    """What one forward pass of the network returns, always.
+
+    Attributes:
+        logits: (B, C, H, W) classifier output at the size of the input (bilinear, align_corners=False).
+        logits_small: (B, C, h, w) the same before upsampling.
+        body: (B, c, h, w) output of the last residual stage, after its activation.
+        pre_logits: (B, 256, h, w) output of the DeepLabV3 head, input of the classifiers.
+        attentions: four tensors, the output of the last block of each residual stage BEFORE its final activation.
+    """
+
+    logits: Tensor
+    logits_small: Tensor
+    body: Tensor
+    pre_logits: Tensor
+    attentions: tuple[Tensor, ...]
+
+    @property
+    def features(self) -> tuple[Tensor, ...]:
+        """The six taps of feature distillation: stage 1, 2, 3, 4, pre_logits, small logits (see `TAP_NAMES`)."""
+        return (*self.attentions, self.pre_logits, self.logits_small)
+
+
+@dataclass
+class Batch:
+    """One training batch on its way from the data loader to the losses.
+
+    Attributes:
+        images: (B, 3, H, W) normalised images.
+        truth: (B, H, W) int64 labels as the data set gives them (positions in learning order, `IGNORE` = 255).
+        labels: (B, H, W) int64 labels after pseudo-labelling; the same tensor as `truth` without pseudo-labels.
+        pixel_weights: factor of the classification loss, broadcastable to (B, H, W), or None for ones.
+        pseudo_mask: (B, H, W) bool, pixels that took a confident pseudo-label, or None without pseudo-labels.
+        student: forward pass of the model in training.
+        teacher: forward pass of the frozen model of step t-1, or None.
+        teacher_views: further teacher passes by name, such as LSKD's two erased views.
+    """
+
+    images: Tensor
+    truth: Tensor
+    labels: Tensor
+    pixel_weights: Tensor | None = None
+    pseudo_mask: Tensor | None = None
+    student: Taps | None = None
+    teacher: Taps | None = None
+    teacher_views: dict[str, Taps] = field(default_factory=dict)
+
+    def with_student(self, student: Taps) -> Batch:
+        """This batch with the student's forward pass attached."""
+        self.student = student
+        return self
