@@ -24,7 +24,7 @@ from dataset import DATASETS, load_task, tasks
 from utils import checks
 from utils.flags import OFFICIAL_METHODS
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
 POD_TAPS = ("pod", "pod", "md", "md", "md+mcd", "md")
 
 
@@ -201,7 +201,7 @@ def _task(parser: argparse.ArgumentParser) -> None:
     add("--task_file", default=None, help="JSON with an order of classes of your own, instead of --task")
     add("--step", type=int, default=[0], nargs="+", help="step or steps to train, in this order")
     switch("--overlap", help="step images may show future classes; default: disjoint")
-    add("--step_ckpt", type=str, default=None, help="checkpoint of the previous step, instead of the one found by name")
+    add("--step_ckpt", type=str, default=None, help="checkpoint before the first of --step, instead of the one found by name")
     add("--ckpt", type=str, default=None, help="weights to start this step with (for --test: to be tested)")
     switch("--base_weights", help="start from the weights of step 0, not of the previous step")
     add("--strict_weights", action="store_false", help="tolerate missing and unexpected weights in a checkpoint")
@@ -244,7 +244,7 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
 def _network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     add, switch = group.add_argument, partial(_switch, group)
-    add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body of the network")
+    add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body of the network; mobilenet_v2 is ours, for laptops")
     add("--output_stride", type=int, default=16, choices=[8, 16], help="stride of the body's output")
     switch("--no_pretrained", help="start the body of step 0 from random weights")
     add(

@@ -205,7 +205,7 @@ class StepRun:
         resumable = self.opts.resume and not self.opts.test and not self.store.unfinished(self.task.step).is_file()
         if not resumable or not self.store.finished(self.task.step).is_file():
             return False
-        self.store.check_finished()
+        self._continue_date(self.store.check_finished())
         self.test_only = not results.recorded(self.opts, self.task)
         return not self.test_only
 
@@ -257,6 +257,7 @@ class StepRun:
         resumed = self.store.load_unfinished() if opts.resume and not self.test_only else None
         if task.step > 0 and not self.test_only:
             previous = self.store.load_previous()
+            self._continue_date(previous)
             teacher = networks.build_teacher(opts, task, previous).to(self.device)
         fresh = task.step == 0 and not self.test_only and opts.ckpt is None and resumed is None
         model = networks.build_student(opts, task, previous, pretrained=fresh)
@@ -276,10 +277,16 @@ class StepRun:
         self.trainer.start(self.sampler.batches)
         self.resumed = resumed is not None
         if resumed is not None:
-            self.trainer.load_state_dict(resumed)
+            self._continue_date(resumed)
+            self.trainer.load_state_dict(resumed["state"])
             self.log.info(
                 f"resumed step {task.step} at epoch {self.trainer.epoch + 1}, iteration {self.trainer.iteration + 1}"
             )
+
+    def _continue_date(self, previous: dict[str, Any]) -> None:
+        """The results of a task that runs past midnight stay in the file of its first step."""
+        if "date" not in self.opts.explicit:
+            self.opts.date = previous.get("options", {}).get("date", self.opts.date)
 
     def _files_of_batch(self) -> list[str]:
         """Files of the batch under way, of all processes."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.classifier import Classifiers
 from modules.deeplab import DeeplabV3
+from modules.mobilenet import MobileNetV2
 from modules.norm import ABN, make_norm
 from modules.pretrained import load_backbone
 from modules.resnet import ResNet
@@ -104,7 +105,7 @@ class SegmentationModel(nn.Module):
         self.cls.align(reference)
 
     def stage_weights(self) -> tuple[nn.Parameter, ...]:
-        """The first parameter of each residual stage and, last, of the head's last norm: RGE's five W."""
+        """The first parameter of each stage of the body and, last, of the head's last norm: RGE's five W."""
         stages = (self.body.mod2, self.body.mod3, self.body.mod4, self.body.mod5)
         return (*(next(stage.parameters()) for stage in stages), self.head.red_bn.weight)
 
@@ -132,7 +133,10 @@ def make_model(
         ValueError: an option without meaning, or backbone weights that are missing or do not fit.
     """
     norm = make_norm(opts.norm_act)
-    body = ResNet(opts.backbone, norm, opts.output_stride)
+    if opts.backbone == "mobilenet_v2":
+        body = MobileNetV2(norm, opts.output_stride)
+    else:
+        body = ResNet(opts.backbone, norm, opts.output_stride)
     head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, opts.output_stride, opts.pooling)
     classifiers = Classifiers(
         HEAD_CHANNELS,

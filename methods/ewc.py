@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dataset.tasks import Task
 from methods.base import Method, Part
+from utils import distributed
 from utils.regularizer import REGULARIZERS
 
 
@@ -26,8 +27,14 @@ class WeightPenalty(Part):
         return opts.regularizer is not None
 
     def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """Read the importance of earlier steps."""
+        """Read the importance of earlier steps; one that is missing is said, because nothing then holds the old weights."""
         self.regularizer = REGULARIZERS[self.opts.regularizer](model, previous, self.opts)
+        if self.regularizer.absent and distributed.is_main():
+            kinds, step = " and no ".join(self.regularizer.absent), self.task.step
+            print(
+                f"note: no {kinds} in the checkpoint of step {step - 1}: --regularizer {self.opts.regularizer} of step {step} "
+                f"does without; train step {step - 1} with the same --regularizer"
+            )
 
     def after_backward(self, model: nn.Module) -> dict[str, Tensor]:
         """Measure on the loss's own gradients, then add the penalty's."""

@@ -6,6 +6,7 @@ entropy   --entropy_min: the student's own entropy on background pixels
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,8 @@ class Classification(Part):
 
     def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(logits, labels) -> (B, H, W)."""
-        opts, old = self.opts, self.task.num_old
+        # Where no class is added (domains) no old class hides in the background
+        opts, old = self.opts, self.task.num_old if self.task.num_new else 0
         if opts.bce or opts.icarl:
             return loss.binary_cross_entropy
         if opts.nca:
@@ -130,8 +132,9 @@ class BackgroundModes(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """From step 1 on, with several background modes."""
-        return opts.nb_background_modes > 1 and opts.init_multimodal is not None and task.step > 0 and not task.domain
+        """From step 1 on, with several background modes; --init_balanced wins over it, as in the official program."""
+        wanted = opts.nb_background_modes > 1 and opts.init_multimodal is not None and not opts.init_balanced
+        return wanted and task.step > 0 and not task.domain
 
     def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
         """Keep the student for the beginning of the step."""
@@ -144,7 +147,7 @@ class BackgroundModes(Part):
 
 def growth(task: Task) -> float:
     """sqrt(C / C_new), the schedule of the PLOP family; 1 where no class is added."""
-    return loss.pod_schedule(task.num_total, task.num_new)
+    return math.sqrt(task.num_total / task.num_new) if task.num_new else 1.0
 
 
 class FT(Method):

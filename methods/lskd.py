@@ -63,17 +63,25 @@ class LayerSpecificDistillation(Part):
         ]
         self.context = [(mcd_name(tap), tap) for tap, scheme in self.schemes.items() if "mcd" in scheme.split("+")]
         self.needs_masks = any(scheme not in ("none", "pod") for scheme in self.schemes.values())
+        if "mcd" in self.schemes["logits"].split("+") and opts.mcd_groups > task.num_old:
+            raise ValueError(
+                f"--mmm {opts.mcd_groups} (--mcd_groups) does not split the {task.num_old} channels of the old logits, to which "
+                f"--tap_schemes gives mcd; use a number from 1 to {task.num_old}"
+            )
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
-        """The teacher's look at the two erased views."""
+        """The teacher's look at the two erased views, in one pass."""
         if self.needs_masks and self.opts.mask_rule != "gt":
-            without_old, without_new = masks.erased_views(batch.images, batch.labels, self.task.num_old)
-            batch.teacher_views = {WITHOUT_OLD: teacher(without_old), WITHOUT_NEW: teacher(without_new)}
+            views = masks.erased_views(batch.images, batch.labels, self.task.num_old)
+            taps = [tap.chunk(2) for tap in teacher(torch.cat(views)).features]  # 2·B → two of B
+            batch.teacher_views = {
+                name: tuple(tap[i] for tap in taps) for i, name in enumerate((WITHOUT_OLD, WITHOUT_NEW))
+            }
 
     def mask(self, batch: Batch, tap: str) -> Tensor:
         """M of one tap; spatial only for the logits, whose channels are classes."""
         index = TAP_NAMES.index(tap)
-        views = tuple(view.features[index] for view in batch.teacher_views.values()) or None
+        views = tuple(view[index] for view in batch.teacher_views.values()) or None
         rule, distance = self.opts.mask_rule, self.opts.mask_distance
         features = batch.teacher.features[index]
         return masks.tap_mask(

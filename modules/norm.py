@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -220,12 +221,12 @@ class InPlaceABN(ABN):
     float64 the difference would show.
     """
 
-    slope = torch.tensor(SLOPE, dtype=torch.float32).item()
+    slope = float(np.float32(SLOPE))
     shared = False
 
     def __init__(self, num_features: int, activation: str = "leaky_relu") -> None:
         super().__init__(num_features, activation)
-        self.eps = torch.tensor(self.eps, dtype=torch.float32).item()
+        self.eps = float(np.float32(self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate a (B, C, H, W) map of any floating type; the type of the result is that of x."""

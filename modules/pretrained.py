@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modules import mobilenet
+
 #: Norms whose scale is |weight| + eps; those of `_PLAIN` use the weight itself.
 _IN_PLACE = ("iabn_sync", "iabn")
 _PLAIN = ("abn", "std")
@@ -27,7 +29,7 @@ def load_backbone(
     """Fill the body with ImageNet weights.
 
     Args:
-        body: a `ResNet`.
+        body: a `ResNet` or a `MobileNetV2`.
         backbone: its name, such as "resnet101".
         norm: its norm, a key of `modules.norm.NORMS`.
         source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm of the same meaning),
@@ -48,6 +50,8 @@ def load_backbone(
         name = str(path)
     if "conv1.weight" in state:
         state, file_norm = from_torchvision(state), "abn"
+    elif "features.0.0.weight" in state:
+        state, file_norm = mobilenet.from_torchvision(state), "abn"
     state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
     _check(body, state, name)
     _reexpress_scales(state, body, file_norm in _IN_PLACE, norm.startswith(_IN_PLACE))
@@ -133,7 +137,7 @@ def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
         if keys:
             raise ValueError(
                 f"{name} does not fit this --backbone: it {problem} {keys[0]}"
-                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; name a file of the same ResNet"
+                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; name a file of the same {type(body).__name__}"
             )
     for key in own:
         state.setdefault(key, own[key])

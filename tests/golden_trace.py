@@ -13,6 +13,7 @@ from torch import nn
 import argparser
 import methods
 from dataset.tasks import Task
+from modules.fold import fold_frozen
 from segmentation_module import make_model
 from train import Trainer
 from utils import checkpoint, equilibrium
@@ -125,13 +126,14 @@ def replay(case: dict, meta: dict) -> tuple[Recorder, dict[str, np.ndarray]]:
     old, new = meta["old_classes"], meta["new_classes"]
     task = Task("golden", "golden", 1, (tuple(range(old)), tuple(range(old, old + new))))
     teacher = filled_model(opts, [old]).eval().requires_grad_(False)
+    folded = fold_frozen(teacher)  # what run.py trains with
     model = filled_model(opts, [old, new])
     if opts.init_balanced:
         model.init_new_classifier()
     previous = {"model_state": teacher.state_dict(), "trainer_state": {"regularizer": importance(teacher)}}
     method = methods.build(opts, task)
     method.attach(model, previous if meta["regularizer_state"] else {})
-    trainer = Recorder(opts, task, method, model, teacher, torch.device("cpu"), Logger(progress=False))
+    trainer = Recorder(opts, task, method, model, folded, torch.device("cpu"), Logger(progress=False))
     trainer.recorded = []
     count = meta["batches_per_epoch"]
     loader = [
@@ -139,7 +141,7 @@ def replay(case: dict, meta: dict) -> tuple[Recorder, dict[str, np.ndarray]]:
     ]
     probe = torch.as_tensor(case["in_probe"]).double()
     out = {"out_probe_logits_before": probe_logits(trainer, probe)}
-    method.begin_step(loader, teacher, torch.device("cpu"))
+    method.begin_step(loader, folded, torch.device("cpu"))
     relabel_in_place(method)
     weights = []
     for _ in range(meta["epochs"]):

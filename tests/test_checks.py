@@ -107,7 +107,6 @@ def test_official_lskd_command_is_accepted_at_every_step(step, tmp_path):
         ("--step -1", ["--step -1"]),
         ("--step 0 1 0", ["step 0 twice"]),
         ("--step 0 1 --ckpt x.pth", ["--ckpt", "one by one"]),
-        ("--step 1 2 --step_ckpt x.pth", ["--step_ckpt", "one by one"]),
         ("--step 1 --step_ckpt no/such.pth", ["--step_ckpt no/such.pth"]),
         ("--task_file no/such.json", ["--task_file no/such.json"]),
         ("--dataset voc --task 15-5 --data_root no/such/folder", ["--data_root no/such/folder", "shapes"]),

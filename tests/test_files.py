@@ -78,7 +78,7 @@ def mask_is_a_bomb(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (mask_of_16_bits, "has the mode 'I;16'"),
+        (mask_of_16_bits, "has the mode 'I"),
         (mask_in_colour, "has the mode 'RGB'"),
         (mask_of_one_bit, "has the mode '1'"),
         (mask_with_foreign_value, "has the value 5, which is not a class"),

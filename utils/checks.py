@@ -258,11 +258,8 @@ def _steps(opts: Namespace) -> None:
     for step in opts.step:
         if opts.step.count(step) > 1:
             raise ValueError(f"--step names step {step} twice; name it once")
-    for dest in ("ckpt", "step_ckpt"):
-        if getattr(opts, dest) is not None and len(opts.step) > 1:
-            raise ValueError(
-                f"--{dest} is the checkpoint of one step, but --step names {len(opts.step)}; run the steps one by one"
-            )
+    if opts.ckpt is not None and len(opts.step) > 1:
+        raise ValueError(f"--ckpt is for one step, but --step names {len(opts.step)}; run the steps one by one")
 
 
 def _precision(opts: Namespace) -> None:

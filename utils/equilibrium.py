@@ -135,9 +135,10 @@ class GradientEquilibrium:
         self._measured: _Measured | None = None
 
     def _rows_of_groups(self, device: torch.device) -> Tensor:
-        """(groups, terms) matrix that averages a vector of terms over each group and hands the mean back to its members."""
+        """(n, n) matrix that averages a vector of terms over each group and hands the mean back to its members."""
         groups = [term.group for term in self.terms]
-        same = torch.tensor([[float(a == b) for b in groups] for a in groups], device=device)  # n×n
+        same = [[float(a == b) for b in groups] for a in groups]
+        same = torch.tensor(same, dtype=self.weights.dtype, device=device)  # n×n
         return same / same.sum(dim=1, keepdim=True)
 
     def _pairs_of_depth(self, device: torch.device) -> Tensor:
@@ -169,7 +170,7 @@ class GradientEquilibrium:
 
     def _mean_gradient(self, loss: Tensor, watched: nn.Parameter) -> Tensor:
         """mean(∂ℓ/∂W): the pass stops at the stage of W, and computes no other parameter's gradient."""
-        if not loss.requires_grad:
+        if not (loss.requires_grad and watched.requires_grad):  # --freeze, --fix_bn
             return torch.zeros((), device=watched.device, dtype=watched.dtype)
         (gradient,) = torch.autograd.grad(loss * self.gradient_scale, watched, retain_graph=True, allow_unused=True)
         if gradient is None:
@@ -185,15 +186,24 @@ class GradientEquilibrium:
         if self.epoch == 0:
             self.initial_losses = measured.losses.clone()
         gradients = weights * measured.mean_gradients
-        # A term that vanished from the start (no pixel of its kind) stays where it is instead of dividing by zero.
-        gone = self.initial_losses == 0
-        progress = torch.where(gone, 1.0, measured.losses / torch.where(gone, 1.0, self.initial_losses))
-        rows = self._group_rows.to(weights.dtype)
-        ratios = progress / (rows @ progress)
-        target = (rows @ gradients) * ratios**self.alpha
+        ratios = self._ratios(measured.losses)
+        target = (self._group_rows @ gradients) * ratios**self.alpha
         measured.gradients, measured.ratios = gradients, ratios
         slope = EQUILIBRIUM_FACTOR * torch.sign(gradients - target) * measured.mean_gradients
+        # float16 may overflow in the gradient of one term where it does not in that of the sum
+        slope = torch.where(measured.mean_gradients.isfinite().all(), slope, 0.0)
         self.weights.grad = slope + self._regulariser_gradient(weights)
+
+    def _ratios(self, losses: Tensor) -> Tensor:
+        """ρ_i = (ℓ_i/L_i(0)) / mean of that over the group.
+
+        A term that was absent from the start (no pixel of its kind) has progress 1, a group of which nothing is left has ρ = 1, and a
+        loss below 0 (released --pseudo_soft) counts as 0: no 0/0, and no root of a negative number.
+        """
+        progress = losses / self.initial_losses
+        progress = torch.where(progress.isfinite(), progress, 1.0).clamp(min=0)
+        average = self._group_rows @ progress
+        return torch.where(average > 0, progress / average, 1.0)
 
     def _regulariser_gradient(self, weights: Tensor) -> Tensor:
         gradient = torch.zeros_like(weights)

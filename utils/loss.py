@@ -29,7 +29,7 @@ from utils.distillation import (
     soften_semi_old,
     unbiased_knowledge_distillation,
 )
-from utils.pod import pod_loss, pod_schedule, pod_terms
+from utils.pod import pod_loss, pod_terms
 from utils.pod_distance import pod_distance
 from utils.pseudo import entropy
 from utils.types import IGNORE
@@ -52,7 +52,6 @@ __all__ = [
     "nca",
     "pod_distance",
     "pod_loss",
-    "pod_schedule",
     "pod_terms",
     "reduce",
     "sigmoid_distillation",

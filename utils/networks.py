@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset.tasks import Task
+from modules.fold import fold_frozen
 from segmentation_module import make_model
 from utils.store import Store, read
 
@@ -37,12 +38,12 @@ def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any]) -> nn.M
         previous: checkpoint of step t-1, as `Store.load_previous` returns it.
 
     Returns:
-        The teacher on the CPU, without gradient.
+        The teacher on the CPU, without gradient, its norms folded into its convs: it computes the same in less time.
     """
     store = Store(opts, task)
     teacher = build_network(opts, task.at(task.step - 1).classes_per_step, pretrained=False)
     load_weights(teacher, previous["model_state"], store.previous(), strict=opts.strict_weights)
-    return teacher.eval().requires_grad_(False)
+    return fold_frozen(teacher.eval(), in_place=True)
 
 
 def build_student(opts: Namespace, task: Task, previous: dict[str, Any], pretrained: bool) -> nn.Module:

@@ -10,7 +10,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +26,7 @@ from utils.pod_distance import (
     row_sums,
     usable_scales,
 )
-from utils.pod_options import PodOptions, TapOptions
+from utils.pod_options import PodOptions, TapOptions, TapPlace
 
 
 def _local_parts(features: Tensor, scales: Sequence[int]) -> list[Tensor]:
@@ -102,19 +101,19 @@ def fold_extra_channels(student: Tensor, num_old: int, how: str = "sum") -> Tens
     return torch.cat([background, student[:, 1:num_old]], dim=1)
 
 
-def _scale_weights(scales: Sequence[int], rule: bool | str) -> list[float]:
+def _scale_weights(scales: Sequence[int], tap: TapOptions) -> list[float]:
     """Factor of each scale's embedding: 1; `true`: one over its number of cells; `spm`: spatial pyramid matching."""
-    if rule == "spm":  # Lazebnik et al., CVPR 2006, eq. 3: 1/2^L at level 0, 1/2^(L-l+1) at level l
+    if tap.normalize_per_scale == "spm":  # Lazebnik et al., CVPR 2006, eq. 3: 1/2^L at level 0, 1/2^(L-l+1) at level l
         levels = len(scales) - 1
         return [2.0 ** -min(levels, levels - level + 1) for level in range(len(scales))]
-    return [1 / scale**2 if rule else 1.0 for scale in scales]
+    return [1 / scale**2 if tap.normalize_per_scale else 1.0 for scale in scales]
 
 
 def _embed(features: Tensor, tap: TapOptions) -> Tensor:
     """(B, n) embedding of preprocessed features."""
-    parts = EMBEDDINGS[tap.type](features, tap.spp_scales)
-    weights = _scale_weights(tap.spp_scales, tap.normalize_per_scale)
-    return torch.cat([part * weight for part, weight in zip(parts, weights, strict=False)], dim=1)
+    scales = [1] if tap.type == "spatial" else usable_scales(features, tap.spp_scales)
+    parts = EMBEDDINGS[tap.type](features, scales)
+    return torch.cat([part * weight for part, weight in zip(parts, _scale_weights(scales, tap))], dim=1)
 
 
 def embedding_distance(teacher: Tensor, student: Tensor, tap: TapOptions, mask: Tensor | None = None) -> Tensor:
@@ -153,29 +152,26 @@ def embedding_distance(teacher: Tensor, student: Tensor, tap: TapOptions, mask: 
     return torch.linalg.vector_norm(difference, ord=1 if tap.difference_function == "l1" else 2, dim=1)
 
 
-def pod_schedule(num_total: int, num_new: int) -> float:
-    """PLOP's growing factor sqrt(C / C_new); 1 where a step adds no class (domain-incremental tasks)."""
-    return math.sqrt(num_total / num_new) if num_new else 1.0
-
-
-def _old_pixels(labels: Tensor, num_old: int) -> Tensor:
-    return (labels < num_old)[:, None]  # (B, 1, H, W)
-
-
-def _mask_background(teacher: Tensor, student: Tensor, old: Tensor, downscale: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Both taps and the mask that keeps old pixels, at one size (`--pod_deeplab_mask`).
+def _background_only(
+    teacher: Tensor, student: Tensor, mask: Tensor | None, old: Tensor, downscale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both taps and a mask that keeps old pixels, at one size (`--pod_deeplab_mask`).
 
     With `downscale` the mask comes to the tap; else the largest channel of each tap is enlarged to the labels, one
     channel because all of them at image size would not fit.
     """
-    size = old.shape[-2:]
     if downscale:
-        return teacher, student, F.interpolate(old.to(student.dtype), size=student.shape[-2:])
-    teacher, student = (
-        F.interpolate(features.amax(1, keepdim=True), size=size, mode="bilinear", align_corners=False)
-        for features in (teacher, student)
-    )
-    return teacher, student, old.to(student.dtype)
+        kept = F.interpolate(old, size=student.shape[-2:])
+        return teacher, student, kept if mask is None else kept * mask
+    size = old.shape[-2:]
+    teacher, student = (_enlarged(features.amax(1, keepdim=True), size) for features in (teacher, student))
+    if mask is not None:
+        old = old * F.interpolate(mask.amax(1, keepdim=True), size=size)
+    return teacher, student, old
+
+
+def _enlarged(features: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
 
 
 def pod_terms(
@@ -209,34 +205,49 @@ def pod_terms(
             continue
         tap = options.tap(index, last)
         mask = None if masks is None else masks[index]
-        terms.append(_pod_term(teacher, student, tap, mask, options.at(index, last), labels, num_old))
+        terms.append(_pod_term(teacher, student, mask, tap, options.at(index, last), labels, num_old))
     return terms
 
 
-def _pod_term(teacher, student, tap: TapOptions, mask, place, labels, num_old) -> Tensor:
+def _pod_term(
+    teacher: Tensor,
+    student: Tensor,
+    mask: Tensor | None,
+    tap: TapOptions,
+    place: TapPlace,
+    labels: Tensor | None,
+    num_old: int | None,
+) -> Tensor:
     """One entry of `pod_terms`."""
     teacher, student = full(teacher), full(student)
     if teacher.shape[1] != student.shape[1]:
         student = fold_extra_channels(student, teacher.shape[1], tap.extra_channels)
-    old = _old_pixels(labels, num_old) if labels is not None and num_old is not None else None
-    factor: float | Tensor = tap.factor
+    factor = tap.factor
+    if place.background_mask or tap.use_adaptative_factor:
+        assert labels is not None and num_old is not None, "background masks and adaptive factors need labels"
+        old = (labels < num_old)[:, None].to(student.dtype)  # (B, 1, H, W)
     if place.background_mask:
-        teacher, student, kept = _mask_background(teacher, student, old, place.downscale)
-        mask = kept if mask is None else F.interpolate(mask.to(kept.dtype), size=kept.shape[-2:]) * kept
-        factor = tap.factor if place.factor is None else place.factor
+        teacher, student, mask = _background_only(teacher, student, mask, old, place.downscale)
+        factor = factor if place.factor is None else place.factor
     elif place.interpolate:
+        assert labels is not None, "interpolate_last needs labels"
         size = labels.shape[-2:]
-        teacher, student = (
-            F.interpolate(features, size=size, mode="bilinear", align_corners=False) for features in (teacher, student)
-        )
-        mask = None if mask is None else F.interpolate(mask.to(student.dtype), size=size)
+        teacher, student = _enlarged(teacher, size), _enlarged(student, size)
+        mask = None if mask is None else F.interpolate(mask, size=size)
     distance = embedding_distance(teacher, student, tap, mask)
     if tap.use_adaptative_factor:
-        distance = distance * old.to(distance.dtype).mean((1, 2, 3))
+        distance = distance * old.mean((1, 2, 3))
     return factor * distance.mean()
 
 
 def pod_loss(terms: Sequence[Tensor | None], schedule: float = 1.0) -> Tensor:
-    """PLOP's loss: the mean over the taps in use of their terms, times `pod_schedule`."""
-    used = [term for term in terms if term is not None]
-    return torch.stack(used).mean() * schedule
+    """PLOP's loss from `pod_terms`.
+
+    Args:
+        terms: None for taps that are left out.
+        schedule: growing factor, sqrt(C / C_new) in PLOP.
+
+    Returns:
+        Scalar: the mean over the taps in use, times the schedule.
+    """
+    return torch.stack([term for term in terms if term is not None]).mean() * schedule

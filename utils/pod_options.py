@@ -120,6 +120,11 @@ class PodOptions:
             raise ValueError(f"--pod_apply {self.apply!r} is unknown; use 'all', 'backbone' or 'deeplab'.")
         if self.mask_position not in ("last", "all"):
             raise ValueError(f"mask_position={self.mask_position!r} in --pod_options is unknown; use 'last' or 'all'.")
+        if self.deeplab_mask and self.deeplab_mask_factor == 0 and self.mask_position == "all":
+            raise ValueError(
+                "--pod_deeplab_mask_factor 0 with mask_position 'all' in --pod_options leaves no tap; "
+                "give a factor above 0 or mask_position 'last'."
+            )
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, default: TapOptions | None = None, **rest: Any) -> PodOptions:

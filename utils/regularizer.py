@@ -4,7 +4,7 @@
 
 EWC measures importance by the Fisher information, path integral (PI) by how much each parameter lowered the loss on its way, RW by
 both. The three share this page; methods/ewc.py, pi.py and rw.py name them. State is keyed by official parameter names and carried
-from step to step; parameters of new classifiers join with importance 0.
+from step to step; parameters of new classifiers join with importance 0, those that a step does not train keep theirs.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Regularizer:
         self.opts = opts
         known = (previous.get("trainer_state") or {}).get("regularizer") or {}
         measured = [kind for kind in self.kinds if isinstance(known.get(kind), dict)]
+        #: Kinds of importance that step t-1 should have left and did not.
+        self.absent = [kind for kind in self.kinds if previous and kind not in measured]
         self.old = {kind: checkpoint.without_prefix(known[kind]) for kind in measured}
         self.anchor: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -95,7 +97,8 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Importances by official parameter name."""
-        return {kind: checkpoint.with_prefix(_on_cpu(values)) for kind, values in self.current.items()}
+        known = {kind: self.old.get(kind, {}) | _on_cpu(values) for kind, values in self.current.items()}
+        return {kind: checkpoint.with_prefix(values) for kind, values in known.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the measurement of an interrupted step."""

@@ -43,7 +43,7 @@ class Store:
 
     def previous(self) -> Path:
         """Checkpoint that the teacher of this step is read from."""
-        if self.opts.step_ckpt is not None:
+        if self.opts.step_ckpt is not None and self.task.step == self.opts.step[0]:
             return Path(self.opts.step_ckpt)
         return self.finished(self.task.step - 1)
 
@@ -163,7 +163,7 @@ class Store:
         )
 
     def load_unfinished(self) -> dict[str, Any] | None:
-        """State of an interrupted run of this step, or None.
+        """The interrupted run of this step, or None: its "state" for the trainer, its "options".
 
         Raises:
             ValueError: damaged, or of a run with other options.
@@ -177,10 +177,10 @@ class Store:
                 f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
             )
         self._same_options(path, state)
-        return state["state"]
+        return state
 
-    def check_finished(self) -> None:
-        """Refuse to take a step for finished that was trained with other options.
+    def check_finished(self) -> dict[str, Any]:
+        """The finished checkpoint of this step, refused if it was trained with other options.
 
         Raises:
             ValueError: naming what differs.
@@ -189,6 +189,7 @@ class Store:
         state = read(path)
         if "options" in state:
             self._same_options(path, state)
+        return state
 
     def _same_options(self, path: Path, state: dict[str, Any]) -> None:
         mine, theirs = plain_options(self.opts), state["options"]
@@ -208,40 +209,14 @@ class Store:
 
 #: Options that do not touch the numbers of a run.
 MAY_CHANGE_ON_RESUME = frozenset(
-    [
-        "ckpt_interval",
-        "ckpt_minutes",
-        "data_root",
-        "date",
-        "debug",
-        "dry_run",
-        "local_rank",
-        "logdir",
-        "method",
-        "name",
-        "no_progress",
-        "num_workers",
-        "overwrite",
-        "print_interval",
-        "resume",
-        "results",
-        "sample_num",
-        "skip_nonfinite",
-        "step",
-        "threads",
-        "trial_batch",
-        "visualize",
-        "check_data",
-        "checkpoint",
-        "test",
-        "device",
-        "list_methods",
-        "code_directory",
-        "lr",
-        "pretrained",
-        "no_pretrained",
-        "task_file",
-    ]
+    # where things are, how much is said
+    ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
+    + ("debug", "no_progress", "print_interval", "sample_num", "visualize", "dry_run", "check_data", "list_methods")
+    # how the run is started and kept
+    + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
+    + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
+    # only their value for this step counts, which is stored beside them
+    + ("lr", "threshold", "step_threshold")
 )
 
 

@@ -49,7 +49,7 @@ class Batch:
         pseudo_mask: (B, H, W) bool, pixels that took a confident pseudo-label, or None without pseudo-labels.
         student: forward pass of the model in training.
         teacher: forward pass of the frozen model of step t-1, or None.
-        teacher_views: further teacher passes by name, such as LSKD's two erased views.
+        teacher_views: the six taps of further teacher passes by name, such as LSKD's two erased views.
     """
 
     images: Tensor
@@ -59,7 +59,7 @@ class Batch:
     pseudo_mask: Tensor | None = None
     student: Taps | None = None
     teacher: Taps | None = None
-    teacher_views: dict[str, Taps] = field(default_factory=dict)
+    teacher_views: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def with_student(self, student: Taps) -> Batch:
         """This batch with the student's forward pass attached."""

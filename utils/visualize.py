@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from dataset.transform import denormalise
 from utils.types import IGNORE
-
-#: Mean and standard deviation of ImageNet, per RGB channel of values in [0, 1].
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def colour_map(size: int = 256) -> np.ndarray:
@@ -29,13 +26,6 @@ def colour_map(size: int = 256) -> np.ndarray:
     return colours
 
 
-def denormalise(image: Tensor) -> np.ndarray:
-    """A normalised (3, H, W) image as (H, W, 3) uint8."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (image.detach().cpu().float() * std + mean).clamp(0, 1) * 255
-    return pixels.round().byte().permute(1, 2, 0).numpy()  # 3×H×W → H×W×3
-
-
 def strip(image: Tensor, label: Tensor, prediction: Tensor) -> np.ndarray:
     """Image, truth and prediction side by side.
 
@@ -50,7 +40,7 @@ def strip(image: Tensor, label: Tensor, prediction: Tensor) -> np.ndarray:
     colours = colour_map()
     colours[IGNORE] = 255
     pictures = [
-        denormalise(image),
+        denormalise(image).permute(1, 2, 0).numpy(),  # 3×H×W → H×W×3
         colours[label.cpu().numpy().astype(np.uint8)],
         colours[prediction.cpu().numpy().astype(np.uint8)],
     ]

@@ -1,0 +1,165 @@
+"""Backbone weights: official files, torchvision's names, and what is refused."""
+
+import copy
+import functools
+import hashlib
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from modules.norm import make_norm
+from modules.pretrained import from_torchvision, load_backbone
+from modules.resnet import ResNet
+
+
+def torchvision_resnet18():
+    """torchvision's ResNet-18 with the leaky activation, trained-looking norms and some negative scales."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0.3, 0.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if hasattr(module, "relu"):
+            module.relu = nn.LeakyReLU(0.01)
+    return net.eval()
+
+
+@functools.cache
+def template(norm, backbone):
+    return ResNet(backbone, make_norm(norm)).eval()
+
+
+def body_of(norm, backbone="resnet18"):
+    """A body of its own for a test; copying one is quicker than drawing its weights again."""
+    return copy.deepcopy(template(norm, backbone))
+
+
+def official_file(folder, norm, prefix="module.", **extra):
+    """A file as the official programs have it, of this norm, and the body it holds."""
+    body = body_of(norm)
+    torch.manual_seed(1)
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0.3, 0.5)
+            nn.init.normal_(module.running_mean, std=0.3)
+    state = {f"{prefix}{key}": value for key, value in body.state_dict().items()}
+    state |= {f"{prefix}classifier.fc.weight": torch.zeros(10, 512), f"{prefix}classifier.fc.bias": torch.zeros(10)}
+    path = folder / "pretrained" / f"resnet18_{norm}.pth.tar"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, **extra}, path)
+    return path, body
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("norm", ["abn", "iabn", "iabn_sync", "std"])
+def test_torchvision_weights_compute_the_same(folder, norm):
+    source = torchvision_resnet18()
+    torch.save(source.state_dict(), "mine.pth")
+    body = body_of(norm)
+    load_backbone(body, "resnet18", norm, "mine.pth", lambda line: None)
+    x, layers = torch.randn(2, 3, 64, 64), []
+    source.layer3.register_forward_hook(lambda module, inputs, output: layers.append(output))
+    with torch.no_grad():
+        source(x)
+        ours = nn.functional.leaky_relu(body(x)[1][2], 0.01)
+    # layer 4 is dilated here and not there
+    torch.testing.assert_close(ours, layers[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_torchvision_names_and_shapes(backbone):
+    with torch.device("meta"):
+        theirs = from_torchvision(torchvision.models.get_model(backbone, weights=None).state_dict())
+        ours = ResNet(backbone, make_norm("abn")).state_dict()
+    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_running_statistics_land_where_they_belong():
+    source = torchvision_resnet18().state_dict()
+    state = from_torchvision(source)
+    assert torch.equal(state["mod3.block1.proj_bn.running_var"], source["layer2.0.downsample.1.running_var"])
+    assert torch.equal(state["mod5.block2.convs.bn2.running_mean"], source["layer4.1.bn2.running_mean"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "", "module.body."])
+def test_official_file(folder, prefix):
+    path, expected = official_file(folder, "iabn_sync", prefix)
+    body, lines = body_of("iabn_sync"), []
+    load_backbone(body, "resnet18", "iabn_sync", None, lines.append)
+    assert all(torch.equal(value, body.state_dict()[key]) for key, value in expected.state_dict().items())
+    assert len(lines) == 1
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:12] in lines[0]
+
+
+@pytest.mark.parametrize(("wanted", "there"), [("iabn", "iabn_sync"), ("abn", "iabn_sync"), ("iabn", "abn")])
+def test_file_of_another_norm_computes_the_same(folder, wanted, there):
+    _, expected = official_file(folder, there)
+    body, lines = body_of(wanted), []
+    load_backbone(body, "resnet18", wanted, None, lines.append)
+    assert f"resnet18_{there}.pth.tar is used" in lines[0].replace("pretrained/", "")
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(body(x)[0], expected.eval()(x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_sync_test_norm_shares_the_file_of_sync(folder):
+    official_file(folder, "iabn_sync")
+    lines = []
+    load_backbone(body_of("iabn_sync_test"), "resnet18", "iabn_sync_test", None, lines.append)
+    assert len(lines) == 1
+
+
+def test_missing_files_say_what_to_do(folder):
+    with pytest.raises(
+        ValueError, match=r"pretrained/resnet18_iabn\.pth\.tar.*--pretrained torchvision.*--no_pretrained"
+    ):
+        load_backbone(body_of("iabn"), "resnet18", "iabn", None)
+    with pytest.raises(ValueError, match=r"--pretrained absent\.pth: no such file"):
+        load_backbone(body_of("iabn"), "resnet18", "iabn", "absent.pth")
+
+
+class Code:
+    """An object that a safe loader must not build."""
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", {"state_dict": Code()}, [1, 2], {"epoch": 3}])
+def test_files_without_plain_tensors_are_refused(folder, content):
+    path = folder / "odd.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"odd\.pth"):
+        load_backbone(body_of("iabn"), "resnet18", "iabn", str(path))
+
+
+def test_truncated_file_is_refused(folder):
+    path, _ = official_file(folder, "iabn")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=r"resnet18_iabn\.pth\.tar"):
+        load_backbone(body_of("iabn"), "resnet18", "iabn", None)
+
+
+def test_weights_of_another_body_are_refused(folder):
+    path, _ = official_file(folder, "iabn")
+    with pytest.raises(ValueError, match=r"does not fit.*same ResNet"):
+        load_backbone(body_of("iabn", "resnet50"), "resnet50", "iabn", str(path))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_backbone(body_of("iabn", "resnet34"), "resnet34", "iabn", str(path))
+
+
+def test_torchvision_unreachable(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=r"--pretrained torchvision: https://.*no network"):
+        load_backbone(body_of("abn"), "resnet18", "abn", "torchvision")
