@@ -244,7 +244,7 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
 def _network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     add, switch = group.add_argument, partial(_switch, group)
-    add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body of the network; mobilenet_v2 is ours, for laptops")
+    add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body; mobilenet_v2 is light")
     add("--output_stride", type=int, default=16, choices=[8, 16], help="stride of the body's output")
     switch("--no_pretrained", help="start the body of step 0 from random weights")
     add(

@@ -8,8 +8,11 @@ One process runs without a launcher; any number under torchrun or torch.distribu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
+import re
 import sys
 import traceback
 from argparse import Namespace
@@ -30,11 +33,11 @@ from train import NonFiniteLoss, Trainer
 from utils import amp, checkpoint, distributed, networks, results, visualize
 from utils.logger import Logger
 from utils.random_state import seed_everything
-from utils.signals import Stopped, StopRequest
+from utils.signals import Interruptible, Stopped, StopRequest, ignore_stop_signals
 from utils.store import Store, read
 
-#: Exit codes: a user's error, a loss that is not finite.
-USER_ERROR, NON_FINITE = 2, 3
+#: Exit codes: a user's error, a loss that is not finite, another process that is gone.
+USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
 
 #: A checkpoint holds weights and momentum; one is written beside the last good one.
 CHECKPOINT_COPIES = 3
@@ -47,29 +50,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name, those of this process by default.
 
     Returns:
-        Exit code: 0, 2 for a user's error, 3 for a non-finite loss, 130 or 143 after a stop request.
+        Exit code: 0, 2 for a user's error, 3 for a non-finite loss, 4 where another process is gone, 130 or 143 after a stop request.
     """
-    opts = argparser.parse(argv)
+    opts = parse(argv)
     try:
         argparser.check(opts)
-        if opts.list_methods:
+        if not opts.list_methods:
+            run(opts)
+        elif distributed.first_here():
             print(methods.describe())
-            return 0
-        run(opts)
-    except Stopped as stopped:
-        print(f"{stopped}; the state is saved, the same command with --resume continues", file=sys.stderr)
-        return stopped.exit_code
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NON_FINITE
-    except (ValueError, OSError) as error:
-        if opts.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    except (Stopped, NonFiniteLoss, ValueError, OSError, RuntimeError) as error:
+        code = report(error, opts.debug)
+        if code is None:
+            raise
+        return code
     finally:
         distributed.shutdown()
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """Read the command line; what is wrong with it is said by one process of a machine."""
+    if distributed.first_here():
+        return argparser.parse(argv)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        return argparser.parse(argv)
+
+
+def report(error: Exception, debug: bool) -> int | None:
+    """Say on stderr, once over all processes, why the program ends.
+
+    Args:
+        error: what ended it.
+        debug: print where it was raised, too.
+
+    Returns:
+        The exit code; None for an error that only a bug explains.
+    """
+    said, code = distributed.is_main(), NON_FINITE
+    text = f"error: {error}"
+    if isinstance(error, Stopped):
+        text, code = f"{error}; the same command with --resume continues", error.exit_code
+    elif isinstance(error, (ValueError, OSError)):
+        said, code = distributed.speaks(error), USER_ERROR
+        # An error of a worker process that loads data brings a traceback, whose last line is the message.
+        text = f"error: {re.split(rf'\n[\w.]*{type(error).__name__}: ', str(error))[-1].strip()}"
+    elif distributed.peer_lost(error):
+        said, code = True, PEER_LOST
+        text = f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
+    elif not isinstance(error, NonFiniteLoss):
+        return None
+    if debug:
+        traceback.print_exc()
+    if said:
+        print(text, file=sys.stderr)
+    return code
 
 
 def run(opts: Namespace) -> None:
@@ -83,25 +118,49 @@ def run(opts: Namespace) -> None:
         torch.set_num_threads(opts.threads)
     if opts.deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    else:
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not opts.deterministic
     if distributed.is_main() and not opts.dry_run:
         announce(opts, device)
-    stop = StopRequest()
-    stop.install()
-    for step in opts.step:
-        if stop.signum:
-            raise Stopped(stop.signum)
-        seed_everything(opts.random_seed)
+    if len(opts.step) > 1 and not (opts.dry_run or opts.check_data):
+        distributed.on_main(lambda: foresee(opts))
+    with StopRequest() as stop:
+        for step in opts.step:
+            if signum := distributed.highest(stop.signum):
+                raise Stopped(signum)
+            seed_everything(opts.random_seed)
+            task = dataset.load_task(opts, step)
+            step_opts = options_of_step(opts, task)
+            if opts.dry_run:
+                dry_run(step_opts, task)
+            elif opts.check_data:
+                check_data(step_opts, task)
+            else:
+                StepRun(step_opts, task, device, stop).go()
+
+
+def foresee(opts: Namespace) -> None:
+    """Refuse, before the first step is trained, what a later one would stumble over.
+
+    Raises:
+        ValueError: a step without images, or without the checkpoint that it builds on.
+    """
+    for number, step in enumerate(opts.step):
         task = dataset.load_task(opts, step)
-        step_opts = options_of_step(opts, task)
-        if opts.dry_run:
-            dry_run(step_opts, task)
-        elif opts.check_data:
-            check_data(step_opts, task)
-        else:
-            StepRun(step_opts, task, device, stop).go()
+        require_batches(len(dataset.build(opts, task).train), opts, task)
+        store = Store(opts, task)
+        finished = opts.resume and store.finished(step).is_file()
+        if not opts.test and not finished and step > 0 and step - 1 not in opts.step[:number]:
+            store.require_previous()
+
+
+def require_batches(images: int, opts: Namespace, task: Task) -> None:
+    """Refuse a step whose training images do not fill one batch."""
+    world = distributed.world_size()
+    if images < opts.batch_size * world and not opts.test:
+        raise ValueError(
+            f"step {task.step} of {task.name} has {images} training images, fewer than one batch of "
+            f"{opts.batch_size} x {world} process(es); lower --batch_size"
+        )
 
 
 def announce(opts: Namespace, device: torch.device) -> None:
@@ -126,6 +185,7 @@ def options_of_step(opts: Namespace, task: Task) -> Namespace:
 def dry_run(opts: Namespace, task: Task) -> None:
     """Build everything, train nothing, print one line of JSON about the step."""
     splits = dataset.build(opts, task)
+    require_batches(len(splits.train), opts, task)
     model = networks.build_network(opts, task.classes_per_step, pretrained=False)
     methods.build(opts, task)
     store = Store(opts, task)
@@ -168,6 +228,8 @@ class StepRun:
         self.store = Store(opts, task)
         self.log = Logger(progress=not opts.no_progress)
         self.lock: FileLock | None = None
+        #: Iterations that the tested weights were trained for, the abscissa of their test.
+        self.iterations = 0
 
     def go(self) -> None:
         """Train (unless the step is finished or only a test is asked for), test, record."""
@@ -178,12 +240,15 @@ class StepRun:
                     f"step {self.task.step} of {self.task.name} is finished: {self.store.finished(self.task.step)}"
                 )
                 return
-            self._build_data()
-            self._build_trainer()
+            # The main process scans the files first, the others then find its cache.
+            self.test_only = distributed.on_main(lambda: dataset.build(self.opts, self.task) and self.test_only)
+            distributed.together(self._build_data)
+            resumed = distributed.together(self._build_trainer)
+            self.trainer.start(self.sampler.batches)
             if not self.test_only:
-                self._train()
+                self._train(resumed)
+                self.iterations = self.trainer.total_iterations
             self._test()
-            distributed.on_main(lambda: self.store.unfinished(self.task.step).unlink(missing_ok=True))
         finally:
             self.log.close()
             if self.lock is not None:
@@ -196,8 +261,6 @@ class StepRun:
         self.store.check_writable(self.opts.results, self.opts.logdir)
         if not self.opts.test:
             self.lock = self.store.lock()
-            if not self.opts.resume:
-                self.store.unfinished(self.task.step).unlink(missing_ok=True)
 
     def _finished_before(self) -> bool:
         """Whether `--resume` finds the step trained, tested and recorded."""
@@ -205,14 +268,13 @@ class StepRun:
         resumable = self.opts.resume and not self.opts.test and not self.store.unfinished(self.task.step).is_file()
         if not resumable or not self.store.finished(self.task.step).is_file():
             return False
-        self._continue_date(self.store.check_finished())
-        self.test_only = not results.recorded(self.opts, self.task)
+        state = self.store.check_finished()
+        self._continue_date(state)
+        self.test_only = not results.recorded(self.opts, self.task, state["model_state"])
         return not self.test_only
 
     def _build_data(self) -> None:
-        """Data sets and loaders. The main process scans first, the others then find its cache."""
-        distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
-        self.test_only = distributed.gather_objects(getattr(self, "test_only", None))[0]
+        """Data sets and loaders."""
         self.splits = dataset.build(self.opts, self.task)
         names = dataset.class_names(self.opts)
         self.class_names = [names[label] for label in self.task.label_ids]
@@ -220,11 +282,8 @@ class StepRun:
         self.sampler = EpochSampler(
             len(self.splits.train), opts.batch_size, opts.random_seed, distributed.rank(), world
         )
-        if self.sampler.batches == 0 and not self.test_only:
-            raise ValueError(
-                f"step {self.task.step} of {self.task.name} has {len(self.splits.train)} training images, fewer than one batch of "
-                f"{opts.batch_size} x {world} process(es); lower --batch_size"
-            )
+        if not self.test_only:
+            require_batches(len(self.splits.train), opts, self.task)
         self.train_loader = self._loader(self.splits.train, self.sampler, opts.batch_size, drop_last=True)
         # Full images differ in size and cannot share a batch.
         per_batch = opts.batch_size if opts.crop_val else 1
@@ -244,13 +303,15 @@ class StepRun:
             pin_memory=self.device.type == "cuda",
             drop_last=drop_last,
             persistent_workers=self.opts.num_workers > 0 and sampler is self.sampler,
+            worker_init_fn=ignore_stop_signals,
             # A generator of its own: starting an iterator must not move torch's, which a resume restores.
             generator=torch.Generator().manual_seed(self.opts.random_seed),
         )
 
     # ------------------------------------------------------------------ models
 
-    def _build_trainer(self) -> None:
+    def _build_trainer(self) -> dict[str, Any] | None:
+        """Networks, method and trainer; returns what an interrupted run left, or None."""
         task, opts = self.task, self.opts
         previous: dict[str, Any] = {}
         teacher = None
@@ -261,9 +322,7 @@ class StepRun:
             teacher = networks.build_teacher(opts, task, previous).to(self.device)
         fresh = task.step == 0 and not self.test_only and opts.ckpt is None and resumed is None
         model = networks.build_student(opts, task, previous, pretrained=fresh)
-        if self.test_only:
-            path = Path(opts.ckpt) if opts.ckpt else self.store.finished(task.step)
-            networks.load_weights(model, read(path)["model_state"], path, strict=opts.strict_weights)
+        history = self._load_tested(model) if self.test_only else []
         model = model.to(self.device)
         if opts.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -271,17 +330,18 @@ class StepRun:
         method = methods.build(opts, task)
         method.attach(model, previous)
         self.trainer = Trainer(opts, task, method, model, teacher, self.device, self.log)
-        self.trainer.stop = self.stop
+        self.trainer.stop, self.trainer.history = self.stop, history
         self.trainer.files_of_batch = self._files_of_batch
         self.trainer.balancer.inherit(previous.get("loss_weights"))
-        self.trainer.start(self.sampler.batches)
-        self.resumed = resumed is not None
-        if resumed is not None:
-            self._continue_date(resumed)
-            self.trainer.load_state_dict(resumed["state"])
-            self.log.info(
-                f"resumed step {task.step} at epoch {self.trainer.epoch + 1}, iteration {self.trainer.iteration + 1}"
-            )
+        return resumed
+
+    def _load_tested(self, model: torch.nn.Module) -> list[dict]:
+        """Put the weights that are to be tested into the model; returns how their training went."""
+        path = Path(self.opts.ckpt) if self.opts.ckpt else self.store.finished(self.task.step)
+        state = self.store.load_tested(path)
+        networks.load_weights(model, state["model_state"], path, strict=self.opts.strict_weights)
+        self.iterations = (state.get("scheduler_state") or {}).get("last_epoch", 0)
+        return state.get("history", [])
 
     def _continue_date(self, previous: dict[str, Any]) -> None:
         """The results of a task that runs past midnight stay in the file of its first step."""
@@ -297,23 +357,23 @@ class StepRun:
 
     # ---------------------------------------------------------------- training
 
-    def _train(self) -> None:
-        trainer = self.trainer
-        distributed.on_main(self._require_space)
-        folder = (
-            Path(self.opts.logdir) / f"{self.task.name}-{self.task.dataset}" / self.opts.name / f"step-{self.task.step}"
-        )
-        self.log.open(folder, trainer.total_iterations)
-        if not self.resumed:
+    def _train(self, resumed: dict[str, Any] | None) -> None:
+        trainer, task = self.trainer, self.task
+        if resumed is not None:
+            distributed.together(lambda: self._continue(resumed))
+        distributed.on_main(lambda: self._prepare_outputs(fresh=resumed is None))
+        if resumed is None:
             self.sampler.set_position(0)
-            trainer.method.begin_step(self.train_loader, trainer.teacher, self.device)
+            trainer.method.begin_step(Interruptible(self.train_loader, self.stop), trainer.teacher, self.device)
+            if signum := distributed.highest(self.stop.signum):
+                raise Stopped(signum)
         try:
             if self.opts.trial_batch:
                 trainer.trial(self.train_loader)
             trainer.fit(self.train_loader, self.val_loader, self._save_unfinished)
         except NonFiniteLoss:
             state = trainer.state_dict()
-            aside = self.store.finished(self.task.step).with_suffix(".nonfinite.pth")
+            aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
             distributed.on_main(lambda: checkpoint.save(aside, {"state": state}))
             self.log.info(f"the state before the non-finite loss is in {aside}")
             raise
@@ -321,37 +381,54 @@ class StepRun:
         state = trainer.state_dict()
         distributed.on_main(lambda: self.store.save_finished(state, trainer.balancer.loss_weights))
 
+    def _continue(self, resumed: dict[str, Any]) -> None:
+        self._continue_date(resumed)
+        self.trainer.load_state_dict(resumed["state"])
+        self.log.info(
+            f"resumed step {self.task.step} at epoch {self.trainer.epoch + 1}, iteration {self.trainer.iteration + 1}"
+        )
+
+    def _prepare_outputs(self, fresh: bool) -> None:
+        """Refuse outputs that would fail at the end of the step, then open them."""
+        parameters = sum(p.numel() * p.element_size() for p in self.trainer.network.parameters())
+        checkpoint.require_space(self.store.folder, CHECKPOINT_COPIES * 2 * parameters)
+        results.check(self.opts, self.task)
+        self._open_log(0 if fresh else self.trainer.total_iterations)
+        if fresh:
+            self.store.begin()
+
+    def _open_log(self, iterations: int) -> None:
+        opts, task = self.opts, self.task
+        folder = Path(opts.logdir) / f"{task.name}-{task.dataset}" / opts.name / f"step-{task.step}"
+        self.log.open(folder, iterations)
+
     def _save_unfinished(self) -> None:
         state = self.trainer.state_dict()
         distributed.on_main(lambda: self.store.save_unfinished(state))
-
-    def _require_space(self) -> None:
-        parameters = sum(
-            parameter.numel() * parameter.element_size() for parameter in self.trainer.network.parameters()
-        )
-        checkpoint.require_space(self.store.folder, CHECKPOINT_COPIES * 2 * parameters)
 
     # -------------------------------------------------------------------- test
 
     def _test(self) -> None:
         trainer, task = self.trainer, self.task
+        if self.test_only:
+            distributed.on_main(lambda: self._open_log(self.iterations))
         scores = trainer.evaluate(self.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
+        scores["Weights"] = checkpoint.digest(trainer.network.state_dict())
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, self.class_names, trainer.history))
-        shown = {key: f"{100 * entry[key]:.2f}" if entry[key] is not None else "-" for key in ("old", "new", "all")}
+        means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
+        shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
         self.log.info(
             f"step {task.step} of {task.name}: mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, "
-            f"average over steps {100 * entry['average_over_steps']:.2f} (%) -> {results.csv_path(self.opts, task)}"
+            f"average over steps {shown['average_over_steps']} (%) -> {results.csv_path(self.opts, task)}"
         )
-        self.log.scalars(
-            {f"test/{key}": entry[key] for key in shown if entry[key] is not None}, trainer.total_iterations
-        )
+        self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, self.iterations)
         if self.opts.visualize:
             picture = visualize.confusion_picture(scores["Confusion Matrix"], self.class_names)
-            self.log.image("test/confusion", picture, trainer.total_iterations)
+            self.log.image("test/confusion", picture, self.iterations)
             for number, sample in enumerate(scores["samples"]):
-                self.log.image(f"test/sample{number}", visualize.strip(*sample), trainer.total_iterations)
+                self.log.image(f"test/sample{number}", visualize.strip(*sample), self.iterations)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ class Trainer:
         self.stop_agreed = 0
         #: Names the files of the batch under way, for messages.
         self.files_of_batch: Callable[[], list[str]] = list
+        self._saved_at = time.monotonic()
 
     # ---------------------------------------------------------------- set-up
 
@@ -127,6 +128,8 @@ class Trainer:
             iterations_per_epoch: of each process.
         """
         self.scheduler = scheduler.build(self.opts, self.optimizer, self.opts.epochs * iterations_per_epoch)
+        if self.opts.fix_bn:  # before the wrapper counts on gradients of the norms
+            self.network.fix_bn()
         if self.opts.compile:
             self.model = torch.compile(self.model)
         if distributed.active():
@@ -157,6 +160,7 @@ class Trainer:
             self.train_epoch(train_loader, save)
             if self.epoch % self.opts.ckpt_interval == 0 and self.epoch < self.opts.epochs:
                 save()
+                self._saved_at = time.monotonic()
 
     def train_epoch(self, loader, save: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Train from the current position to the end of the epoch.
@@ -170,9 +174,6 @@ class Trainer:
         """
         self._position(loader)
         self.model.train()
-        if self.opts.fix_bn:
-            self.network.fix_bn()
-        saved_at = time.monotonic()
         bar = self.log.bar(
             loader, f"step {self.task.step} epoch {self.epoch + 1}/{self.opts.epochs}", initial=self.iteration
         )
@@ -184,13 +185,13 @@ class Trainer:
             if self.stop_agreed:
                 save()
                 raise Stopped(self.stop_agreed)
-            if self._minutes_over(saved_at):
+            if self._minutes_over():
                 save()
-                saved_at = time.monotonic()
+                self._saved_at = time.monotonic()
         return self._end_epoch()
 
     def trial(self, loader: Iterable) -> None:
-        """Run one batch forward and backward, and undo nothing because nothing is moved: does it fit into the memory?
+        """Run one batch forward and backward, and leave everything as it was: does it fit into the memory?
 
         Args:
             loader: its first batch is taken.
@@ -199,6 +200,7 @@ class Trainer:
             ValueError: the device's memory is too small.
         """
         images, labels = next(iter(loader))
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         try:
             with self.precision.autocast():
                 batch = self.method.prepare(
@@ -213,6 +215,13 @@ class Trainer:
             ) from error
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+            self._restore_buffers(buffers)
+
+    @torch.no_grad()
+    def _restore_buffers(self, buffers: list[Tensor]) -> None:
+        """Take back what a forward pass did to the running statistics of the norms."""
+        for buffer, value in zip(self.network.buffers(), buffers):
+            buffer.copy_(value)
 
     def _position(self, loader) -> None:
         if hasattr(getattr(loader, "sampler", None), "set_position"):
@@ -233,6 +242,7 @@ class Trainer:
         images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True).long()
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self.network.buffers()] if self.opts.skip_nonfinite else []
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
             batch = batch.with_student(self.model(images))
@@ -242,6 +252,7 @@ class Trainer:
         values = self._agree(loss, terms)
         if not all(math.isfinite(value) for value in values.values()):
             self._tolerate(values)
+            self._restore_buffers(buffers)
             if self.scheduler:
                 self.scheduler.step()
             return {}
@@ -287,11 +298,11 @@ class Trainer:
         """Iterations of this step so far."""
         return self.scheduler.last_epoch if self.scheduler is not None else self.iteration
 
-    def _minutes_over(self, since: float) -> bool:
+    def _minutes_over(self) -> bool:
         """Whether a checkpoint is due by the clock, decided by the main process for all."""
         if not self.opts.ckpt_minutes:
             return False
-        return distributed.any_true(time.monotonic() - since > 60 * self.opts.ckpt_minutes, self.device)
+        return distributed.any_true(time.monotonic() - self._saved_at > 60 * self.opts.ckpt_minutes, self.device)
 
     def _end_epoch(self) -> dict[str, float]:
         balance = {name: float(value) for name, value in self.balancer.log_values().items()}
@@ -347,7 +358,8 @@ class Trainer:
                 break
             predictions = self.predict(images)
             metrics.update(labels.to(self.device, non_blocking=True), predictions)
-            samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
+            if len(samples) < keep:
+                samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
         self.network.train(was_training)
         self.stop_agreed = max(distributed.gather_objects(self.stop.signum))
         if self.stop_agreed:

@@ -33,10 +33,7 @@ def leaky(module):
 
 
 def disturbed(net):
-    """The network with norms as after some training: statistics, shifts, scales of both signs, none of them alike.
-
-    Scales keep away from zero, near which the in-place norms' float32 eps would show.
-    """
+    """The network with norms as after some training: statistics, shifts, scales of both signs, none of them alike."""
     torch.manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -108,15 +105,14 @@ def test_torchvision_weights_compute_the_same(tmp_path, torchvision_net, norm, s
     torch.save(torchvision_net.state_dict(), tmp_path / "mine.pth")
     body = MobileNetV2(make_norm(norm), stride).eval()
     load_backbone(body, "mobilenet_v2", norm, str(tmp_path / "mine.pth"), lambda line: None)
-    body, theirs, x = body.double(), torchvision_net.double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         attentions = body(x)[1]
-        expected = [theirs.features[:end](x) for end in (4, 7, 14, 18)]
+        expected = [torchvision_net.features[:end](x) for end in (4, 7, 14, 18)]
     # Dilated stages compute torchvision's coarser maps on every second (fourth) row and column.
-    tolerance = 1e-9 if norm == "abn" else 1e-4  # a float32 scale is stored less eps
     for ours, target in zip(attentions, expected, strict=True):
         skip = ours.shape[2] // target.shape[2]
-        assert (ours[:, :, ::skip, ::skip] - target).abs().max() <= tolerance * target.abs().max()
+        assert (ours[:, :, ::skip, ::skip] - target).abs().max() <= 1e-4 * target.abs().max()
 
 
 def test_torchvision_by_name(monkeypatch, torchvision_net):
@@ -145,7 +141,7 @@ def test_other_weights_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize("norm", ["abn", "iabn"])
 def test_training_reaches_every_parameter(norm):
     model = model_of(norm)
-    taps = model(torch.randn(2, 3, 48, 48))
+    taps = model(torch.randn(2, 3, 32, 32))
     (taps.logits.square().mean() + sum(f.square().mean() for f in taps.features)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -153,40 +153,44 @@ def test_types_and_memory_formats(kind, dtype):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-def process(rank, folder, kind, dtype):
+CASES = [(dtype, activation) for dtype in (torch.float64, torch.float32) for activation in ACTIVATIONS]
+
+
+def process(rank, folder):
     """One of two processes: its share of the joined batch, unevenly cut."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    for activation in ACTIVATIONS:
+    results = []
+    for dtype, activation in CASES:
         x = images(4, 6, 5, 5, dtype=dtype).detach()
-        share = x[:3] if rank == 0 else x[3:]
-        module = filled(kind, 6, activation, dtype)
-        share.requires_grad_()
+        share = (x[:3] if rank == 0 else x[3:]).requires_grad_()
+        module = filled(InPlaceABNSync, 6, activation, dtype)
         out = module(share)
         out.pow(3).sum().backward()
-        result = (out.detach(), share.grad, module.weight.grad, module.bias.grad)
-        torch.save((*result, module.running_mean, module.running_var), f"{folder}/{activation}_{rank}.pt")
+        gradients = share.grad, module.weight.grad, module.bias.grad
+        results.append((out.detach(), *gradients, module.running_mean, module.running_var))
     half = images(2, 6, 4, 4, dtype=torch.bfloat16)
-    filled(kind, 6, dtype=torch.float32)(half).sum().backward()
+    filled(InPlaceABNSync, 6, dtype=torch.float32)(half).sum().backward()
     assert half.grad.dtype == torch.bfloat16
     assert half.grad.isfinite().all()
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_two_processes_are_one_on_the_joined_batch(tmp_path, dtype, tolerance):
-    torch.multiprocessing.spawn(process, (str(tmp_path), InPlaceABNSync, dtype), nprocs=2)
-    for activation in ACTIVATIONS:
+def test_two_processes_are_one_on_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    shares = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
+    for (dtype, activation), (first, second) in zip(CASES, shares, strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         x = images(4, 6, 5, 5, dtype=dtype)
         module = filled(InPlaceABNSync, 6, activation, dtype)
         out = module(x)
         out.pow(3).sum().backward()
-        shares = [torch.load(tmp_path / f"{activation}_{rank}.pt") for rank in (0, 1)]
-        joined = [torch.cat(parts) for parts in list(zip(*shares, strict=True))[:2]]
-        summed = [a + b for a, b in list(zip(*shares, strict=True))[2:4]]
+        joined = [torch.cat([first[i], second[i]]) for i in (0, 1)]  # output, gradient of the input
+        summed = [first[i] + second[i] for i in (2, 3)]  # gradients of weight and bias
         for a, b in zip(joined + summed, (out, x.grad, module.weight.grad, module.bias.grad), strict=True):
             assert (a - b).abs().max() <= tolerance * b.abs().max()
-        for share in shares:
+        for share in (first, second):
             torch.testing.assert_close(share[4:], (module.running_mean, module.running_var), rtol=tolerance, atol=0)
 
 

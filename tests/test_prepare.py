@@ -2,8 +2,6 @@
 
 import importlib.util
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -64,7 +62,7 @@ def test_sbd_mask(prepare_voc, tmp_path, compress):
             prepare_voc.read_sbd_mask(path)
 
 
-def test_build(prepare_voc, tmp_path):
+def test_build(prepare_voc, tmp_path, capsys):
     voc, sbd, out = tmp_path / "VOC2012", tmp_path / "sbd", tmp_path / "data"
     for folder in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets/Segmentation", sbd / "cls"):
         folder.mkdir(parents=True)
@@ -77,11 +75,11 @@ def test_build(prepare_voc, tmp_path):
     (voc / "ImageSets/Segmentation/train.txt").write_text("a\n")
     (voc / "ImageSets/Segmentation/val.txt").write_text("b\nd\n")
 
-    command = [sys.executable, SCRIPTS / "prepare_voc.py", "--voc", voc, "--sbd", sbd, "--data_root", out]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 1  # four images are not the published data set
-    assert "split train_aug of voc: 2 images (published: 10582)" in done.stdout
-    assert "a.png shows the classes [0, 1, 255], in the published set None" in done.stderr
+    status = prepare_voc.main(["--voc", str(voc), "--sbd", str(sbd), "--data_root", str(out)])
+    said = capsys.readouterr()
+    assert status == 1  # four images are not the published data set
+    assert "split train_aug of voc: 2 images (published: 10582)" in said.out
+    assert "a.png shows the classes [0, 1, 255], in the published set None" in said.err
     masks = out / "PascalVOC12" / "SegmentationClassAug"
     assert sorted(path.stem for path in masks.iterdir()) == list("abcd")
     assert set(np.unique(Image.open(masks / "a.png"))) == {0, 1, 255}

@@ -13,6 +13,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
+    aside = _aside(path)
     try:
         with open(aside, "wb") as file:
             state = {**state, FORMAT: FORMAT_VERSION}
@@ -121,6 +122,18 @@ def _serialise(state: dict, file, path: Path) -> None:
         raise OSError(
             errno.EIO, f"writing the checkpoint failed ({str(error).splitlines()[0]}); is the disk full?", str(path)
         ) from error
+
+
+def discard(path: str | os.PathLike) -> None:
+    """Remove a checkpoint, and what a killed process left of its next version."""
+    path = Path(path)
+    for file in (path, _aside(path)):
+        file.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """Where a checkpoint is written before it takes its place."""
+    return path.with_name(f".{path.name}.writing")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -149,7 +162,8 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        with _allowing_numpy_scalars():
+        with _allowing_numpy_scalars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_unpickling_message(path, error)) from error

@@ -15,8 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: A process that waits longer than this for the others gives up with an error; none hangs for ever.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+#: A process that waits longer than this for the others gives up with an error; none hangs for ever. A process that died is noticed
+#: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+#: What the back ends say when another process is gone or out of reach.
+_PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "remote process")
+
+
+class SharedError(ValueError):
+    """A user's error that all processes know of: the main process alone speaks of it."""
 
 
 def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
@@ -32,23 +40,32 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
     Raises:
         ValueError: CUDA asked for on a machine without it, or more processes than GPUs.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+    local_rank = _number("LOCAL_RANK", local_rank)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
         )
     use_cuda = torch.cuda.is_available() and device != "cpu"
-    if use_cuda and local_rank >= torch.cuda.device_count():
+    here = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))
+    if use_cuda and here > torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start at most that many "
-            "processes per machine (--nproc_per_node), or add --device cpu"
+            f"{here} processes on this machine, but torch sees {torch.cuda.device_count()} GPU(s); start at most that many "
+            "(--nproc_per_node), or add --device cpu"
         )
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if _number("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return chosen
+
+
+def _number(variable: str, default: int) -> int:
+    """A number that the launcher left in the environment."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
+    return int(text)
 
 
 def shutdown() -> None:
@@ -77,10 +94,26 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
+def first_here() -> bool:
+    """Whether this is the first process of its machine; it can be asked before the processes have joined."""
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+
+
+def speaks(error: Exception) -> bool:
+    """Whether this process prints an error: one that all processes have is printed once, one of its own by the process itself.
+
+    Before the processes have joined, all processes of a machine have the same errors: those of the command line.
+    """
     if active():
-        dist.barrier()
+        return is_main() or not isinstance(error, SharedError)
+    return first_here() or "LOCAL_WORLD_SIZE" not in os.environ
+
+
+def peer_lost(error: Exception) -> bool:
+    """Whether an exception says that another process is gone, or never came."""
+    if isinstance(error, dist.DistError):
+        return True
+    return active() and any(sign in str(error).lower() for sign in _PEER_LOST)
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -128,7 +161,7 @@ def on_main(action: Callable[[], Any]) -> Any:
         What the action returned on rank 0.
 
     Raises:
-        ValueError: with the text of the main process's ValueError or OSError.
+        SharedError: with the text of the main process's ValueError or OSError.
     """
     outcome: list[Any] = [None, None]
     if is_main():
@@ -141,5 +174,35 @@ def on_main(action: Callable[[], Any]) -> Any:
     if active():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise ValueError(outcome[1])
+        raise SharedError(outcome[1])
     return outcome[0]
+
+
+def together(action: Callable[[], Any]) -> Any:
+    """Run an action on every process; an error of one is an error of all, so that none waits for one that has given up.
+
+    Args:
+        action: called without arguments; must not talk to the other processes.
+
+    Returns:
+        What the action returned on this process.
+
+    Raises:
+        SharedError: with the text of every process's ValueError or OSError, equal ones said once.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        if not active():
+            raise
+        fault = str(error)
+    faults = [text for text in gather_objects(fault) if text is not None]
+    if faults:
+        raise SharedError("; ".join(dict.fromkeys(faults)))
+    return result
+
+
+def highest(number: int) -> int:
+    """The highest of the processes' numbers: how all of them agree on a stop request."""
+    return max(gather_objects(number))

@@ -151,16 +151,18 @@ class GradientEquilibrium:
         """Σ λ_i ℓ_i, with λ a constant; measures mean(∂ℓ_i/∂W_i) on the way, while the graph is there.
 
         Args:
-            terms: scalars by name; exactly the balanced ones.
+            terms: scalars by name; all balanced ones, and any others, which enter with weight 1.
 
         Returns:
             Scalar.
         """
-        assert set(terms) == set(self.names), f"terms {sorted(terms)} differ from the balanced {sorted(self.names)}"
+        missing = sorted(set(self.names) - set(terms))
+        assert not missing, f"balanced terms {missing} are missing"
         losses = torch.stack([terms[name].reshape(()) for name in self.names])  # n
         if losses.requires_grad:
             self._measure(losses)
-        return (self.weights.detach().to(losses.dtype) * losses).sum()
+        others = [value.reshape(()) for name, value in terms.items() if name not in self.names]
+        return (self.weights.detach().to(losses.dtype) * losses).sum() + sum(others)
 
     def _measure(self, losses: Tensor) -> None:
         means = [self._mean_gradient(loss, term.watched) for loss, term in zip(losses.unbind(), self.terms)]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
+
+#: Seconds after which what was logged is flushed to the disk.
+FLUSH_SECONDS = 30.0
 
 
 class Logger:
@@ -19,7 +27,8 @@ class Logger:
     """
 
     def __init__(self, progress: bool = True):
-        self.writer = None
+        self.writer: Any = None
+        self.flushed_at = 0.0
         self.progress = progress and distributed.is_main()
 
     def open(self, folder: Path, first_iteration: int = 0) -> None:
@@ -34,12 +43,38 @@ class Logger:
         """
         if not distributed.is_main():
             return
-        from tensorboardX import SummaryWriter  # slow to import, and not needed by a dry run
+        # Slow to import, and not needed by a dry run. Not the library's SummaryWriter: its thread dies on a full disk, and all
+        # that log after it wait for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         try:
-            self.writer = SummaryWriter(str(folder), purge_step=first_iteration or None)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         except OSError as error:
             raise ValueError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
+        if first_iteration:
+            self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
+        self.flushed_at = time.monotonic()
+
+    def _write(self, iteration: int, **content: Any) -> None:
+        """Append an event to the file."""
+        from tensorboardX.proto.event_pb2 import Event
+
+        with self._tolerating_faults():
+            self.writer.write_event(Event(wall_time=time.time(), step=iteration, **content))
+            if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
+                self.writer.flush()
+                self.flushed_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _tolerating_faults(self) -> Iterator[None]:
+        """A disk that takes no more curves is no reason to stop a training."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.info(f"note: --logdir cannot be written any more ({error.strerror}); no TensorBoard for the rest of this step")
 
     def info(self, text: str) -> None:
         """Print a line above the progress bars."""
@@ -71,16 +106,22 @@ class Logger:
 
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         """Log numbers by name."""
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, float(value), iteration)
+        if self.writer is not None and values:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            listed = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+            self._write(iteration, summary=Summary(value=listed))
 
     def image(self, name: str, picture: np.ndarray, iteration: int) -> None:
         """Log a picture, (H, W, 3) uint8."""
         if self.writer is not None:
-            self.writer.add_image(name, picture, iteration, dataformats="HWC")
+            from tensorboardX import summary
+
+            self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
 
     def close(self) -> None:
         """Write out what is pending."""
         if self.writer is not None:
-            self.writer.close()
+            with self._tolerating_faults():
+                self.writer.close()
+            self.writer = None

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from dataset.tasks import Task
 from metrics.stream_metrics import group_means
+from utils import checkpoint
 from utils.store import plain_options
 
 #: What the official CSV writes for a class that is not learned yet or does not occur.
@@ -29,9 +30,29 @@ def csv_path(opts: Namespace, task: Task) -> Path:
     return Path(opts.results) / f"{opts.date}_{task.dataset}_{task.name}_{opts.name}.csv"
 
 
-def recorded(opts: Namespace, task: Task) -> bool:
-    """Whether the CSV has a row for this step."""
-    return task.step in _read_rows(csv_path(opts, task))
+def recorded(opts: Namespace, task: Task, model_state: dict[str, Any]) -> bool:
+    """Whether CSV and JSON have the test of these very weights, not of an earlier training of the step.
+
+    Args:
+        opts: results, date, name.
+        task: which step.
+        model_state: weights by name, without the wrapper's prefix.
+    """
+    path = csv_path(opts, task)
+    entry = _read_json(path.with_suffix(".json"))["steps"].get(str(task.step), {})
+    return task.step in _read_rows(path) and entry.get("weights_sha256") == checkpoint.digest(model_state)
+
+
+def check(opts: Namespace, task: Task) -> None:
+    """Refuse existing results that could not be continued, before a day of training ends on them.
+
+    Raises:
+        ValueError: names the file.
+        OSError: a file cannot be read.
+    """
+    path = csv_path(opts, task)
+    _read_rows(path)
+    _read_json(path.with_suffix(".json"))
 
 
 def write(
@@ -42,7 +63,7 @@ def write(
     Args:
         opts: results, date, name.
         task: which step was tested.
-        scores: of `Trainer.evaluate`.
+        scores: of `Trainer.evaluate`, with the SHA-256 of the "Weights".
         class_names: by position in the order of learning.
         history: of `Trainer`, one entry an epoch.
 
@@ -63,13 +84,19 @@ def write(
         document = _read_json(path.with_suffix(".json"))
         entry = _entry(task, scores, class_names, history)
         document |= _header(opts, task)
-        document["steps"] = {**document.get("steps", {}), str(task.step): entry}
-        means = [document["steps"][str(s)]["all"] for s in range(task.step + 1) if str(s) in document["steps"]]
-        document["average_over_steps"] = sum(means) / len(means)
-        entry["average_over_steps"] = document["average_over_steps"]
+        document["steps"][str(task.step)] = entry
+        entry["average_over_steps"] = _average(document["steps"], task.step)
+        document["average_over_steps"] = _average(document["steps"], task.last_step)
         _replace(path.with_suffix(".json"), json.dumps(document, indent=1))
         _replace(path, "".join(f"{rows[step]}\n" for step in sorted(rows)))
     return entry
+
+
+def _average(steps: dict[str, Any], last: int) -> float | None:
+    """Mean of the mIoU of the steps that were tested, up to one of them."""
+    means = [steps[str(step)]["all"] for step in range(last + 1) if str(step) in steps]
+    known = [mean for mean in means if mean is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _entry(task: Task, scores: dict[str, Any], class_names: list[str], history: list[dict]) -> dict[str, Any]:
@@ -81,6 +108,7 @@ def _entry(task: Task, scores: dict[str, Any], class_names: list[str], history: 
         "frequency_weighted_accuracy": scores["FreqW Acc"],
         "class_iou": {name: scores["Class IoU"][i] for i, name in enumerate(class_names)},
         "class_accuracy": {name: scores["Class Acc"][i] for i, name in enumerate(class_names)},
+        "weights_sha256": scores["Weights"],
         "confusion_matrix": scores["Confusion Matrix"].tolist(),
         "epochs": history,
     }
@@ -126,7 +154,7 @@ def _read_rows(path: Path) -> dict[int, str]:
     if not path.is_file():
         return {}
     rows = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         step = line.split(",", 1)[0]
         if step.isdigit():
             rows[int(step)] = line
@@ -134,18 +162,22 @@ def _read_rows(path: Path) -> dict[int, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """An existing JSON, or an empty one; its "steps" are there in any case."""
     if not path.is_file():
-        return {}
+        return {"steps": {}}
     try:
         document = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"results file {path} is no valid JSON; move it away, then run again") from error
-    return document if isinstance(document, dict) else {}
+        well_formed = all(isinstance(entry["all"], float | None) for entry in document["steps"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"results file {path} is not one that this program wrote; move it away, then run again")
+    return document
 
 
 def _replace(path: Path, text: str) -> None:
     """Write aside, flush to the disk, rename: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    aside = path.with_name(f".{path.name}.writing")  # one name: callers hold the lock, and a killed one leaves no heap
     try:
         with open(aside, "w") as file:
             file.write(text)

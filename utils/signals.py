@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -20,7 +24,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Remembers the first stop signal.
+    """Remembers the first stop signal while it is entered as a context; a second one ends the program at once.
 
     Attributes:
         signum: 0 until a signal came, then its number.
@@ -28,14 +32,47 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._before: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Listen to SIGTERM and SIGINT from now on."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._receive)
+    def __enter__(self) -> StopRequest:
+        self._before = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: object) -> None:
         if self.signum:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
+
+
+class Interruptible:
+    """A loader whose passes end early, after at least one batch, once a stop is asked for.
+
+    Args:
+        loader: what is iterated.
+        stop: the process's stop request.
+    """
+
+    def __init__(self, loader: Iterable, stop: StopRequest):
+        self.loader = loader
+        self.stop = stop
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            yield batch
+            if self.stop.signum:
+                return
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For processes that load data: a batch system or a terminal signals them too, but the training process still needs them.
+
+    Args:
+        worker: number of the worker, as a DataLoader hands it over.
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from utils import checkpoint
+
+#: What must be the same at all steps, because it shapes the network.
+NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")
 
 #: Number of λ in the official checkpoints, which hold them for every method.
 OFFICIAL_LOSS_WEIGHTS = 9
@@ -74,9 +77,8 @@ class Store:
         for folder in (self.folder, *map(Path, folders)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".{os.getpid()}.probe"
-                probe.touch()
-                probe.unlink()
+                with tempfile.TemporaryFile(dir=folder):  # nameless: nothing is left behind, however the process ends
+                    pass
             except OSError as error:
                 raise ValueError(
                     f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
@@ -91,6 +93,18 @@ class Store:
         Raises:
             ValueError: missing, damaged, or of another task, order, backbone or overlap setting.
         """
+        self.require_previous()
+        path = self.previous()
+        state = read(path)
+        self._check(path, state, self.task.step - 1)
+        return state
+
+    def require_previous(self) -> None:
+        """Refuse a step whose previous checkpoint is not there.
+
+        Raises:
+            ValueError: names the file and the remedy.
+        """
         path = self.previous()
         if not path.is_file():
             given = (
@@ -102,32 +116,45 @@ class Store:
                 f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
                 f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
             )
+
+    def load_tested(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of this very step, to be tested.
+
+        Args:
+            path: the file.
+
+        Returns:
+            As `load_previous`.
+
+        Raises:
+            ValueError: missing, damaged, or of another step, task, order or network.
+        """
         state = read(path)
-        self._check(path, state)
+        self._check(path, state, self.task.step)
         return state
 
-    def _check(self, path: Path, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint that this step cannot build on. Official ones carry no options: their shapes alone are checked."""
-        described = state.get("task")
+    def _check(self, path: Path, state: dict[str, Any], step: int) -> None:
+        """Refuse a checkpoint that is not of that step of this run's task. Official ones carry no options: their shapes alone are checked."""
+        task, described = self.task, state.get("task")
         if described is not None:
-            mine = [list(step) for step in self.task.steps[: self.task.step]]
-            if described["dataset"] != self.task.dataset or described["step"] != self.task.step - 1:
+            mine = describe(task.at(step))
+            if described["dataset"] != task.dataset or described["step"] != step:
+                flag = "--step_ckpt" if step < task.step else "--ckpt"
                 raise ValueError(
                     f"{path} is step {described['step']} of {described['name']} on {described['dataset']}, not step "
-                    f"{self.task.step - 1} of {self.task.name} on {self.task.dataset}; name the right file with --step_ckpt"
+                    f"{step} of {task.name} on {task.dataset}; name the right file with {flag}"
                 )
-            if described["steps"] != mine:
+            if described["steps"] != mine["steps"]:
                 raise ValueError(
-                    f"{path} learned the classes {described['steps']}, task {self.task.name} has {mine} before step {self.task.step}; "
+                    f"{path} learned the classes {described['steps']}, task {task.name} has {mine['steps']} up to step {step}; "
                     "use the same --task or --task_file for all steps"
                 )
         theirs = state.get("options", {})
-        for dest, flag in (("backbone", "--backbone"), ("output_stride", "--output_stride"), ("overlap", "--overlap"),
-                           ("cosine", "--cosine"), ("nb_background_modes", "--nb_background_modes")):  # fmt: skip
+        for dest in NETWORK_OPTIONS + (("overlap",) if step < task.step else ()):
             if dest in theirs and theirs[dest] != getattr(self.opts, dest):
                 raise ValueError(
-                    f"{path} was trained with {flag} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
-                    f"give all steps the same {flag}"
+                    f"{path} was trained with --{dest} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
+                    f"give all steps the same --{dest}"
                 )
 
     def save_finished(self, trainer_state: dict[str, Any], loss_weights: Tensor | None) -> None:
@@ -154,9 +181,14 @@ class Store:
                 "task": describe(self.task),
             },
         )
+        checkpoint.discard(self.unfinished(self.task.step))
 
-    def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
-        """Write the state of a step under way."""
+    def begin(self) -> None:
+        """Note that the step is started anew: from now on `--resume` takes no older file for this run's."""
+        self.save_unfinished(None)
+
+    def save_unfinished(self, trainer_state: dict[str, Any] | None) -> None:
+        """Write the state of a step under way; None: there is none yet."""
         checkpoint.save(
             self.unfinished(self.task.step),
             {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)},
@@ -176,6 +208,8 @@ class Store:
             raise ValueError(
                 f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
             )
+        if state["state"] is None:
+            return None
         self._same_options(path, state)
         return state
 
@@ -233,14 +267,22 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: missing, damaged, or without "model_state".
     """
     state = checkpoint.load(path)
-    if not isinstance(state.get("model_state"), dict):
+    weights = state.get("model_state")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(
-            f"{path} is no checkpoint of a step: it has no 'model_state'; name a file that a finished step wrote"
+            f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
         )
+    described, options = state.get("task"), state.get("options", {})
+    if not isinstance(options, dict) or (described is not None and set(described) != DESCRIPTION):
+        raise ValueError(f"{path} does not say what it learned as this program does; name a file that a finished step wrote")
     model_state = checkpoint.without_prefix(state["model_state"])
     state["loss_weights"] = model_state.pop(checkpoint.LOSS_WEIGHTS, None)
     state["model_state"] = model_state
     return state
+
+
+#: Keys of `describe`.
+DESCRIPTION = {"dataset", "name", "step", "steps"}
 
 
 def describe(task: Task) -> dict[str, Any]:
