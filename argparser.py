@@ -201,7 +201,12 @@ def _task(parser: argparse.ArgumentParser) -> None:
     add("--task_file", default=None, help="JSON with an order of classes of your own, instead of --task")
     add("--step", type=int, default=[0], nargs="+", help="step or steps to train, in this order")
     switch("--overlap", help="step images may show future classes; default: disjoint")
-    add("--step_ckpt", type=str, default=None, help="checkpoint before the first of --step, instead of the one found by name")
+    add(
+        "--step_ckpt",
+        type=str,
+        default=None,
+        help="checkpoint before the first of --step, instead of the one found by name",
+    )
     add("--ckpt", type=str, default=None, help="weights to start this step with (for --test: to be tested)")
     switch("--base_weights", help="start from the weights of step 0, not of the previous step")
     add("--strict_weights", action="store_false", help="tolerate missing and unexpected weights in a checkpoint")

@@ -34,7 +34,7 @@ from utils import amp, checkpoint, distributed, networks, results, visualize
 from utils.logger import Logger
 from utils.random_state import seed_everything
 from utils.signals import Interruptible, Stopped, StopRequest, ignore_stop_signals
-from utils.store import Store, read
+from utils.store import Store
 
 #: Exit codes: a user's error, a loss that is not finite, another process that is gone.
 USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
@@ -94,10 +94,13 @@ def report(error: Exception, debug: bool) -> int | None:
     elif isinstance(error, (ValueError, OSError)):
         said, code = distributed.speaks(error), USER_ERROR
         # An error of a worker process that loads data brings a traceback, whose last line is the message.
-        text = f"error: {re.split(rf'\n[\w.]*{type(error).__name__}: ', str(error))[-1].strip()}"
+        last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
+        text = f"error: {last_line.split(str(error))[-1].strip()}"
     elif distributed.peer_lost(error):
         said, code = True, PEER_LOST
-        text = f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
+        text = (
+            f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
+        )
     elif not isinstance(error, NonFiniteLoss):
         return None
     if debug:
@@ -397,10 +400,10 @@ class StepRun:
         if fresh:
             self.store.begin()
 
-    def _open_log(self, iterations: int) -> None:
+    def _open_log(self, first_iteration: int | None = None) -> None:
         opts, task = self.opts, self.task
         folder = Path(opts.logdir) / f"{task.name}-{task.dataset}" / opts.name / f"step-{task.step}"
-        self.log.open(folder, iterations)
+        self.log.open(folder, first_iteration)
 
     def _save_unfinished(self) -> None:
         state = self.trainer.state_dict()
@@ -411,7 +414,7 @@ class StepRun:
     def _test(self) -> None:
         trainer, task = self.trainer, self.task
         if self.test_only:
-            distributed.on_main(lambda: self._open_log(self.iterations))
+            distributed.on_main(self._open_log)
         scores = trainer.evaluate(self.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)

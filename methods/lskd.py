@@ -73,7 +73,7 @@ class LayerSpecificDistillation(Part):
         """The teacher's look at the two erased views, in one pass."""
         if self.needs_masks and self.opts.mask_rule != "gt":
             views = masks.erased_views(batch.images, batch.labels, self.task.num_old)
-            taps = [tap.chunk(2) for tap in teacher(torch.cat(views)).features]  # 2·B → two of B
+            taps = [tap.chunk(2) for tap in teacher(torch.cat(views), full_size=False).features]  # 2·B → two of B
             batch.teacher_views = {
                 name: tuple(tap[i] for tap in taps) for i, name in enumerate((WITHOUT_OLD, WITHOUT_NEW))
             }

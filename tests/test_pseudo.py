@@ -63,8 +63,8 @@ class TestReadOut:
 
     def test_released_past_the_last_bin(self):
         # No bin fits: the last one with S = 0 + 1 + 2 + 3, an infinity if it is empty
-        counts = torch.tensor([[4, 4, 9, 3], [3, 4, 4, 0], [100, 100, 100, 0]])
-        expected = [(3 + (10 - 6) / 3) / 4, -math.inf, math.inf]
+        counts = torch.tensor([[4, 4, 8, 4], [3, 4, 4, 0], [100, 100, 100, 0]])
+        expected = [(3 + (10 - 6) / 4) / 4, -math.inf, math.inf]
         assert pseudo.released_median(counts).tolist() == pytest.approx(expected)
 
     def test_nothing_counted_is_zero(self):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import signal
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +29,9 @@ from utils.logger import Logger
 
 #: Channels of the features; 20 groups, LSKD's preset, leave two of them over.
 FEATURES = 42
+
+#: Makes a teacher that was never trained sure of some pixels, so that there are pseudo-labels.
+SURE = 30
 
 #: A step of 11 classes on `shapes`: small pictures, few of them, one epoch.
 SMALL = (
@@ -53,11 +59,21 @@ class ThinResNet(nn.Module):
         xavier_(self)
 
 
-def make_thin(setattr_: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Let the program build thin networks; `monkeypatch.setattr` undoes it."""
-    setattr_(segmentation_module, "ResNet", ThinResNet)
-    setattr_(segmentation_module, "HEAD_CHANNELS", FEATURES)
-    setattr_(DeeplabV3, "hidden_channels", 8)
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """The program builds thin networks and computes in one thread; what it does to the process is undone at the end."""
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation_module, "ResNet", ThinResNet)
+        patch.setattr(segmentation_module, "HEAD_CHANNELS", FEATURES)
+        patch.setattr(DeeplabV3, "hidden_channels", 8)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def words(folder: Path, text: str) -> list[str]:
@@ -92,7 +108,7 @@ def options(text: str = "", step: int = 0) -> Namespace:
 
 
 def network(opts: Namespace, classes: Iterable[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A network of that seed; call `make_thin` before."""
+    """A network of that seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return segmentation_module.make_model(opts, list(classes), pretrained=False).to(dtype)
@@ -121,6 +137,8 @@ class Step:
         if self.task.step:
             before = self.task.at(self.task.step - 1)
             self.teacher = network(self.opts, before.classes_per_step, dtype, seed=2).eval().requires_grad_(False)
+            for classifier in self.teacher.cls:
+                classifier.weight *= SURE
         self.method = methods.build(self.opts, self.task)
         self.method.attach(self.model, {})
 

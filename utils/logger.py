@@ -31,12 +31,12 @@ class Logger:
         self.flushed_at = 0.0
         self.progress = progress and distributed.is_main()
 
-    def open(self, folder: Path, first_iteration: int = 0) -> None:
+    def open(self, folder: Path, first_iteration: int | None = None) -> None:
         """Start writing TensorBoard files.
 
         Args:
             folder: where they go.
-            first_iteration: what an interrupted run logged from this iteration on is superseded.
+            first_iteration: what an earlier run logged from this iteration on is superseded; None: nothing is.
 
         Raises:
             ValueError: the folder cannot be written.
@@ -50,12 +50,13 @@ class Logger:
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # The library's names are good for one file a second.
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         except OSError as error:
             raise ValueError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
-        if first_iteration:
-            self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
         self.flushed_at = time.monotonic()
+        if first_iteration is not None:
+            self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, iteration: int, **content: Any) -> None:
         """Append an event to the file."""
@@ -74,7 +75,9 @@ class Logger:
             yield
         except OSError as error:
             self.writer = None
-            self.info(f"note: --logdir cannot be written any more ({error.strerror}); no TensorBoard for the rest of this step")
+            self.info(
+                f"note: --logdir cannot be written any more ({error.strerror}); no TensorBoard for the rest of this step"
+            )
 
     def info(self, text: str) -> None:
         """Print a line above the progress bars."""

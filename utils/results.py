@@ -78,7 +78,7 @@ def write(
     class_iou = scores["Class IoU"]
     num_classes = max(len(task.at(task.last_step).label_ids), len(class_iou))
     columns = [str(class_iou[c]) if class_iou.get(c) is not None else ABSENT for c in range(num_classes)]
-    with FileLock(path.with_suffix(".lock")):
+    with FileLock(path.with_name(f".{path.stem}.lock")):
         rows = _read_rows(path)
         rows[task.step] = f"{task.step},{','.join(columns)},{scores['Mean IoU']}"
         document = _read_json(path.with_suffix(".json"))

@@ -56,7 +56,7 @@ class Store:
         Raises:
             ValueError: another run holds it.
         """
-        path = self.finished(self.task.step).with_suffix(".lock")
+        path = self.folder / f".{self.finished(self.task.step).stem}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -134,7 +134,7 @@ class Store:
         return state
 
     def _check(self, path: Path, state: dict[str, Any], step: int) -> None:
-        """Refuse a checkpoint that is not of that step of this run's task. Official ones carry no options: their shapes alone are checked."""
+        """Refuse a checkpoint that is not of that step of this run's task; official ones carry no options, only their shapes count."""
         task, described = self.task, state.get("task")
         if described is not None:
             mine = describe(task.at(step))
@@ -273,8 +273,11 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
         )
     described, options = state.get("task"), state.get("options", {})
-    if not isinstance(options, dict) or (described is not None and set(described) != DESCRIPTION):
-        raise ValueError(f"{path} does not say what it learned as this program does; name a file that a finished step wrote")
+    known = described is None or (isinstance(described, dict) and set(described) == DESCRIPTION)
+    if not known or not isinstance(options, dict):
+        raise ValueError(
+            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
+        )
     model_state = checkpoint.without_prefix(state["model_state"])
     state["loss_weights"] = model_state.pop(checkpoint.LOSS_WEIGHTS, None)
     state["model_state"] = model_state
