@@ -13,12 +13,16 @@ import copy
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from filelock import FileLock
@@ -27,19 +31,19 @@ from torch.utils.data import DataLoader
 import argparser
 import dataset
 import methods
-from dataset.sampler import EpochSampler, PartSampler
+from dataset.sampler import EpochSampler, PartSampler, end_workers
 from dataset.tasks import Task
 from train import NonFiniteLoss, Trainer
-from utils import amp, checkpoint, distributed, networks, results, visualize
+from utils import amp, checkpoint, distributed, memory, networks, results, visualize
 from utils.logger import Logger
 from utils.random_state import seed_everything
-from utils.signals import Interruptible, Stopped, StopRequest, ignore_stop_signals
+from utils.signals import Interruptible, Stopped, StopRequest, outlive_stop_signals
 from utils.store import Store
 
 #: Exit codes: a user's error, a loss that is not finite, another process that is gone.
 USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
 
-#: A checkpoint holds weights and momentum; one is written beside the last good one.
+#: A checkpoint holds weights and momentum; one is written beside the last two.
 CHECKPOINT_COPIES = 3
 
 
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(opts)
         elif distributed.first_here():
             print(methods.describe())
-    except (Stopped, NonFiniteLoss, ValueError, OSError, RuntimeError) as error:
+    except (Stopped, NonFiniteLoss, ValueError, OSError, RuntimeError, MemoryError) as error:
         code = report(error, opts.debug)
         if code is None:
             raise
@@ -101,6 +105,8 @@ def report(error: Exception, debug: bool) -> int | None:
         text = (
             f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
         )
+    elif lack := memory.shortage(error):
+        said, code, text = True, USER_ERROR, f"error: {lack}"
     elif not isinstance(error, NonFiniteLoss):
         return None
     if debug:
@@ -231,6 +237,7 @@ class StepRun:
         self.store = Store(opts, task)
         self.log = Logger(progress=not opts.no_progress)
         self.lock: FileLock | None = None
+        self.train_loader: DataLoader | None = None
         #: Iterations that the tested weights were trained for, the abscissa of their test.
         self.iterations = 0
 
@@ -253,6 +260,8 @@ class StepRun:
                 self.iterations = self.trainer.total_iterations
             self._test()
         finally:
+            if self.train_loader is not None:
+                end_workers(self.train_loader)
             self.log.close()
             if self.lock is not None:
                 self.lock.release()
@@ -268,7 +277,7 @@ class StepRun:
     def _finished_before(self) -> bool:
         """Whether `--resume` finds the step trained, tested and recorded."""
         self.test_only = self.opts.test
-        resumable = self.opts.resume and not self.opts.test and not self.store.unfinished(self.task.step).is_file()
+        resumable = self.opts.resume and not self.opts.test and not self.store.interrupted()
         if not resumable or not self.store.finished(self.task.step).is_file():
             return False
         state = self.store.check_finished()
@@ -306,7 +315,7 @@ class StepRun:
             pin_memory=self.device.type == "cuda",
             drop_last=drop_last,
             persistent_workers=self.opts.num_workers > 0 and sampler is self.sampler,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=outlive_stop_signals,
             # A generator of its own: starting an iterator must not move torch's, which a resume restores.
             generator=torch.Generator().manual_seed(self.opts.random_seed),
         )
@@ -319,6 +328,8 @@ class StepRun:
         previous: dict[str, Any] = {}
         teacher = None
         resumed = self.store.load_unfinished() if opts.resume and not self.test_only else None
+        if self.store.damage:
+            self.log.info(f"note: {self.store.damage}; going on from the state before it")
         if task.step > 0 and not self.test_only:
             previous = self.store.load_previous()
             self._continue_date(previous)

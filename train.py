@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.tasks import Task
 from methods.base import Method
 from metrics.stream_metrics import StreamSegMetrics
-from utils import amp, distributed, scheduler
+from utils import amp, distributed, scheduler, structure
 from utils.logger import Logger
 from utils.random_state import random_state, set_random_state
 from utils.signals import Stopped, StopRequest
@@ -66,11 +66,14 @@ def make_optimizer(opts: Namespace, task: Task, model: nn.Module, extra: list[nn
 
     groups = [group(model.body.parameters()), group(model.head.parameters())]
     if opts.lr_old is not None and task.step > 0:
-        groups += [group(model.cls[:-1].parameters(), opts.lr_old), group(model.cls[-1].parameters())]
+        earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
+        held = {id(p) for p in earlier}
+        groups += [group(earlier, opts.lr_old), group(p for p in model.cls.parameters() if id(p) not in held)]
     else:
         groups.append(group(model.cls.parameters()))
     groups.append(group(extra))
-    fused = next(model.parameters()).device.type == "cuda" and opts.amp_backend == "torch"
+    # One pass over weights, gradients and momenta instead of five; apex patches the plain step.
+    fused = opts.amp_backend == "torch"
     return torch.optim.SGD(
         [g for g in groups if g["params"]],
         lr=opts.lr_of_step,
@@ -208,7 +211,7 @@ class Trainer:
                 )
                 batch = batch.with_student(self.network(batch.images))
             torch.stack([term.reshape(()) for term in self.method.terms(batch).values()]).sum().backward()
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise ValueError(
                 f"--trial_batch: a batch of {len(images)} at {images.shape[-1]} px does not fit into the memory of {self.device}; "
                 "lower --batch_size or --crop_size, or use --opt_level O1"
@@ -412,21 +415,35 @@ class Trainer:
         """Continue where `state_dict` was taken, with the same number of processes.
 
         Raises:
-            ValueError: taken with another number of processes.
+            ValueError: taken with another number of processes, or not by this program.
         """
-        if len(state["random"]) != distributed.world_size():
+        try:
+            self._load(state)
+        except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError) as error:
             raise ValueError(
-                f"the interrupted run had {len(state['random'])} processes, this one has {distributed.world_size()}; "
+                f"--resume: the state of the interrupted run does not fit this one ({type(error).__name__}); start anew without it"
+            ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        random, processes = state["random"], distributed.world_size()
+        if len(random) != processes:
+            raise ValueError(
+                f"the interrupted run had {len(random)} processes, this one has {processes}; "
                 "start as many as before, or without --resume"
             )
-        self.network.load_state_dict(state["model"])
+        parts = {name: getattr(self, name) for name in ("scheduler", "precision", "balancer")} | {"model": self.network}
+        mine = {name: part.state_dict() for name, part in parts.items()} | {"position": [0] * 4, "best_score": 0.0}
+        if not (mine["precision"] and state["precision"]):  # a scaler has no state on the CPU
+            del mine["precision"]
+        if place := structure.misfit(mine, {name: state[name] for name in mine}):
+            raise ValueError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
+        structure.check_log(state["history"], state["meters"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.precision.load_state_dict(state["precision"])
-        self.balancer.load_state_dict(state["balancer"])
+        structure.check_momenta(self.optimizer)
         self.method.load_state_dict(state["method"])
         self.epoch, self.iteration, self.validated_epoch, self.skipped = state["position"]
         self.meters.sums, self.meters.count = state["meters"]
-        self.best_score = state["best_score"]
-        self.history = state["history"]
-        set_random_state(state["random"][distributed.rank()], self.device)
+        self.best_score, self.history = state["best_score"], state["history"]
+        set_random_state(random[distributed.rank()], self.device)

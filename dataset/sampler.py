@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 class EpochSampler(Sampler[int]):
@@ -72,3 +72,15 @@ class PartSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the worker processes that a loader keeps between epochs, now and not when the garbage collector finds it.
+
+    Args:
+        loader: may have none.
+    """
+    iterator = getattr(loader, "_iterator", None)  # torch offers no public way
+    if iterator is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()

@@ -62,7 +62,7 @@ class LayerSpecificDistillation(Part):
             if part in ("pod", "md")
         ]
         self.context = [(mcd_name(tap), tap) for tap, scheme in self.schemes.items() if "mcd" in scheme.split("+")]
-        self.needs_masks = any(scheme not in ("none", "pod") for scheme in self.schemes.values())
+        self.masked = [tap for tap, scheme in self.schemes.items() if scheme not in ("none", "pod")]
         if "mcd" in self.schemes["logits"].split("+") and opts.mcd_groups > task.num_old:
             raise ValueError(
                 f"--mmm {opts.mcd_groups} (--mcd_groups) does not split the {task.num_old} channels of the old logits, to which "
@@ -71,11 +71,14 @@ class LayerSpecificDistillation(Part):
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
         """The teacher's look at the two erased views, in one pass."""
-        if self.needs_masks and self.opts.mask_rule != "gt":
+        if self.masked and self.opts.mask_rule != "gt":
             views = masks.erased_views(batch.images, batch.labels, self.task.num_old)
-            taps = [tap.chunk(2) for tap in teacher(torch.cat(views), full_size=False).features]  # 2·B → two of B
+            features = teacher(torch.cat(views), full_size=False).features
+            # Only taps with a mask outlive the pass: the shallow ones, which have none, are the largest.
+            taps = [tap.chunk(2) if name in self.masked else None for name, tap in zip(TAP_NAMES, features)]
             batch.teacher_views = {
-                name: tuple(tap[i] for tap in taps) for i, name in enumerate((WITHOUT_OLD, WITHOUT_NEW))
+                name: tuple(tap and tap[i] for tap in taps)  # 2·B → two of B
+                for i, name in enumerate((WITHOUT_OLD, WITHOUT_NEW))
             }
 
     def mask(self, batch: Batch, tap: str) -> Tensor:
@@ -90,7 +93,7 @@ class LayerSpecificDistillation(Part):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Named terms of all taps: mcd, pod/stage1, …, md/logits."""
-        kept = {tap: self.mask(batch, tap) for tap, scheme in self.schemes.items() if scheme not in ("none", "pod")}
+        kept = {tap: self.mask(batch, tap) for tap in self.masked}
         teacher, student = batch.teacher.features, batch.student.features
         named: dict[str, Tensor] = {}
         for name, tap in self.context:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import signal
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from utils.logger import Logger
 FEATURES = 42
 
 #: Makes a teacher that was never trained sure of some pixels, so that there are pseudo-labels.
-SURE = 30
+SURE = 5
 
 #: A step of 11 classes on `shapes`: small pictures, few of them, one epoch.
 SMALL = (
@@ -61,8 +60,8 @@ class ThinResNet(nn.Module):
 
 @contextlib.contextmanager
 def program() -> Iterator[None]:
-    """The program builds thin networks and computes in one thread; what it does to the process is undone at the end."""
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """The program builds thin networks and computes in one thread."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segmentation_module, "ResNet", ThinResNet)
         patch.setattr(segmentation_module, "HEAD_CHANNELS", FEATURES)
@@ -72,8 +71,6 @@ def program() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def words(folder: Path, text: str) -> list[str]:

@@ -32,6 +32,9 @@ CHECKSUM = "checksum"
 #: Marks files of this program, so that one whose checksum entry itself was damaged is not taken for an official file.
 FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
 
+#: What no official file holds, for files in which the mark was damaged as well.
+OWN_KEYS = frozenset(("options", "task", "state"))
+
 
 def _numpy_scalars() -> list:
     """What the official files hold beside tensors: numpy floats as scores. Plain data, no code."""
@@ -85,12 +88,13 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
-def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
+def save(path: str | os.PathLike, state: dict[str, Any], before: Path | None = None) -> None:
     """Write a checkpoint so that the path holds either the previous file or this one, complete and verified.
 
     Args:
         path: where it goes; missing folders are made.
         state: tensors and plain values. A "checksum" entry is added to the file.
+        before: where the previous file is kept, or None; a kill at the wrong moment leaves it there and nothing at the path.
 
     Raises:
         OSError: the disk is full or broken; the previous file is untouched and no partial file is left.
@@ -101,27 +105,40 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     try:
         with open(aside, "wb") as file:
             state = {**state, FORMAT: FORMAT_VERSION}
-            _serialise({**state, CHECKSUM: digest(state)}, file, path)
+            _serialise({**state, CHECKSUM: digest(state)}, file)
             file.flush()
             os.fsync(file.fileno())
-        load(aside)
+        _read_back(aside)
+        if before is not None and path.is_file():
+            os.replace(path, before)
         os.replace(aside, path)
-    except BaseException:
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"the checkpoint cannot be written ({reason}); make room or mend the disk, then repeat the command",
+            str(path),
+        ) from error
+    finally:
         aside.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
 
 
-def _serialise(state: dict, file, path: Path) -> None:
+def _serialise(state: dict, file) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
         # torch's writer reports a failing disk as a RuntimeError of its own ("enforce fail ... unexpected pos").
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
-        raise OSError(
-            errno.EIO, f"writing the checkpoint failed ({str(error).splitlines()[0]}); is the disk full?", str(path)
-        ) from error
+        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+
+
+def _read_back(path: Path) -> None:
+    try:
+        load(path)
+    except ValueError as error:
+        raise OSError(errno.EIO, "it reads back damaged") from error
 
 
 def discard(path: str | os.PathLike) -> None:
@@ -170,14 +187,16 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError,
             OverflowError, MemoryError, UnicodeDecodeError, AssertionError, ImportError) as error:  # fmt: skip
         raise ValueError(
-            f"checkpoint {path} is truncated or damaged ({type(error).__name__}); restore it or train the step again"
+            f"checkpoint {path} is truncated or damaged, or no checkpoint at all ({type(error).__name__}); "
+            "restore it or train the step again"
         ) from error
     if not isinstance(state, dict):
         raise ValueError(
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; it is no checkpoint of this program"
         )
     expected = state.pop(CHECKSUM, None)
-    if (expected is not None or FORMAT in state) and digest(state) != expected:
+    ours = expected is not None or FORMAT in state or not OWN_KEYS.isdisjoint(state)
+    if ours and digest(state) != expected:
         raise ValueError(
             f"checkpoint {path} is damaged: its content does not match its checksum; restore it or train the step again"
         )
@@ -187,9 +206,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
 def _unpickling_message(path: Path, error: Exception) -> str:
     text = str(error)
-    if "Unsupported" in text or "GLOBAL" in text:
+    if "GLOBAL" in text or "Unsupported class" in text:
         return f"checkpoint {path} is refused: it holds Python objects beside tensors, which could run code when loaded"
-    return f"checkpoint {path} is truncated or damaged; restore it or train the step again"
+    return f"checkpoint {path} is truncated or damaged, or no checkpoint at all; restore it or train the step again"
 
 
 def require_space(folder: str | os.PathLike, needed: int) -> None:

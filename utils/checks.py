@@ -43,6 +43,9 @@ POSITIVE: dict[str, float] = {
     "lr": _MANY, "lr_decay_factor": _MANY, "alpha": _MANY, "temperature": _MANY, "temperature_semiold": _MANY,
 }  # fmt: skip
 
+#: Options that take several numbers.
+LISTS = ("step", "lr", "spp_scales")
+
 #: Choices of official options that the official parser takes as free text.
 FREE_TEXT = {"multimodal_fusion": FUSIONS, "pod_prepro": PREPROCESSING}
 
@@ -131,6 +134,9 @@ def _on(opts: Namespace, dest: str) -> bool:
 
 
 def _numbers(opts: Namespace) -> None:
+    for dest in LISTS:
+        if not getattr(opts, dest):  # the parser takes "--step=--" for an empty list
+            raise ValueError(f"--{dest} has no value; give at least one number")
     for dest, (low, high) in RANGES.items():
         for value in _values(opts, dest):
             if not low <= value <= high:  # a NaN fails this too

@@ -158,15 +158,17 @@ class GradientEquilibrium:
         """
         missing = sorted(set(self.names) - set(terms))
         assert not missing, f"balanced terms {missing} are missing"
-        losses = torch.stack([terms[name].reshape(()) for name in self.names])  # n
+        balanced = [terms[name].reshape(()) for name in self.names]
+        losses = torch.stack(balanced)  # n
         if losses.requires_grad:
-            self._measure(losses)
+            self._measure(balanced)
         others = [value.reshape(()) for name, value in terms.items() if name not in self.names]
         return (self.weights.detach().to(losses.dtype) * losses).sum() + sum(others)
 
-    def _measure(self, losses: Tensor) -> None:
-        means = [self._mean_gradient(loss, term.watched) for loss, term in zip(losses.unbind(), self.terms)]
-        packed = torch.stack([losses.detach().to(self.weights.dtype), torch.stack(means).to(self.weights.dtype)])  # 2×n
+    def _measure(self, losses: Sequence[Tensor]) -> None:
+        # Each loss by itself: a row of the stacked losses would lead backward into the graphs of all the others.
+        means = [self._mean_gradient(loss, term.watched) for loss, term in zip(losses, self.terms)]
+        packed = torch.stack([torch.stack(losses).detach(), torch.stack(means)]).to(self.weights.dtype)  # 2×n
         losses_now, mean_gradients = distributed.mean_(packed).unbind()
         self._measured = _Measured(losses_now, mean_gradients)
 
@@ -254,12 +256,14 @@ class GradientEquilibrium:
         return values
 
     def state_dict(self) -> dict:
-        """λ, L_i(0), the names they belong to and the epoch."""
+        """λ, L_i(0), the names they belong to, the epoch, and what the last iteration measured, which is logged at the epoch's end."""
+        measured = self._measured if hasattr(self._measured, "ratios") else None
         return {
             "names": list(self.names),
             "weights": self.weights.detach().cpu().clone(),
             "initial_losses": self.initial_losses.cpu().clone(),
             "epoch": self.epoch,
+            "measured": {name: value.cpu().clone() for name, value in vars(measured).items()} if measured else None,
         }
 
     @torch.no_grad()
@@ -269,3 +273,7 @@ class GradientEquilibrium:
         self.weights.copy_(state["weights"])
         self.initial_losses = state["initial_losses"].to(self.initial_losses)
         self.epoch = state["epoch"]
+        if state["measured"] is not None:
+            vectors = {name: value.to(self.initial_losses) for name, value in state["measured"].items()}
+            self._measured = _Measured(vectors["losses"], vectors["mean_gradients"])
+            self._measured.gradients, self._measured.ratios = vectors["gradients"], vectors["ratios"]

@@ -87,8 +87,9 @@ def write(
         document["steps"][str(task.step)] = entry
         entry["average_over_steps"] = _average(document["steps"], task.step)
         document["average_over_steps"] = _average(document["steps"], task.last_step)
-        _replace(path.with_suffix(".json"), json.dumps(document, indent=1))
-        _replace(path, "".join(f"{rows[step]}\n" for step in sorted(rows)))
+        # The CSV goes first: `recorded` believes the JSON's digest of the weights.
+        table = "".join(f"{rows[step]}\n" for step in sorted(rows))
+        _replace({path: table, path.with_suffix(".json"): json.dumps(document, indent=1)})
     return entry
 
 
@@ -175,15 +176,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, rename: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.writing")  # one name: callers hold the lock, and a killed one leaves no heap
+def _replace(texts: dict[Path, str]) -> None:
+    """Write aside, flush to the disk, rename: a reader never sees half a file, and a full disk changes none of them."""
+    # One name each: callers hold the lock, and a killed one leaves no heap.
+    asides = {path: path.with_name(f".{path.name}.writing") for path in texts}
     try:
-        with open(aside, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        for path, aside in asides.items():
+            with open(aside, "w") as file:
+                file.write(texts[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, aside in asides.items():
+            os.replace(aside, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the results cannot be written ({error.strerror}); make room or mend the disk, then repeat the command with --resume: "
+            "only the test is repeated",
+            str(next(iter(texts))),
+        ) from error
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)

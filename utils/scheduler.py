@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
@@ -39,6 +41,8 @@ def build(opts, optimizer: Optimizer, total: int) -> LRScheduler:
     Returns:
         A scheduler to be stepped after every iteration.
     """
+    # Torch warns where an iteration moves nothing: after an overflow in half precision or a loss that was passed over.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     if opts.lr_policy == "poly":
         return PolyLR(optimizer, total, opts.lr_power)
     return StepLR(optimizer, step_size=opts.lr_decay_step, gamma=opts.lr_decay_factor)

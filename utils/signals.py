@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -68,11 +69,21 @@ class Interruptible:
                 return
 
 
-def ignore_stop_signals(worker: int) -> None:
+def outlive_stop_signals(worker: int) -> None:
     """For processes that load data: a batch system or a terminal signals them too, but the training process still needs them.
+
+    SIGTERM is obeyed only where it comes from the training process, which ends with it the workers that are left when it exits.
 
     Args:
         worker: number of the worker, as a DataLoader hands it over.
     """
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere a process does not learn who signals it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

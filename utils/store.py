@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -35,6 +36,8 @@ class Store:
         self.opts = opts
         self.task = task
         self.folder = Path(opts.checkpoint)
+        #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
+        self.damage = ""
 
     def finished(self, step: int) -> Path:
         """Checkpoint of a finished step."""
@@ -43,6 +46,15 @@ class Store:
     def unfinished(self, step: int) -> Path:
         """State of a step under way, for `--resume`."""
         return self.finished(step).with_suffix(".resume.pth")
+
+    def before_unfinished(self, step: int) -> Path:
+        """The state before that one, in case the disk damages it."""
+        return self.finished(step).with_suffix(".resume.before.pth")
+
+    def interrupted(self) -> bool:
+        """Whether a run of this step was begun and did not finish."""
+        step = self.task.step
+        return self.unfinished(step).is_file() or self.before_unfinished(step).is_file()
 
     def previous(self) -> Path:
         """Checkpoint that the teacher of this step is read from."""
@@ -181,35 +193,51 @@ class Store:
                 "task": describe(self.task),
             },
         )
+        checkpoint.discard(self.before_unfinished(self.task.step))
         checkpoint.discard(self.unfinished(self.task.step))
 
     def begin(self) -> None:
         """Note that the step is started anew: from now on `--resume` takes no older file for this run's."""
-        self.save_unfinished(None)
+        checkpoint.discard(self.before_unfinished(self.task.step))
+        self._write_unfinished(None)
 
-    def save_unfinished(self, trainer_state: dict[str, Any] | None) -> None:
-        """Write the state of a step under way; None: there is none yet."""
+    def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
+        """Write the state of a step under way; the one before it is kept, unless the disk damaged it."""
+        self._write_unfinished(trainer_state, None if self.damage else self.before_unfinished(self.task.step))
+        self.damage = ""
+
+    def _write_unfinished(self, trainer_state: dict[str, Any] | None, before: Path | None = None) -> None:
+        """Write a state, or that there is none yet."""
         checkpoint.save(
             self.unfinished(self.task.step),
             {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)},
+            before,
         )
 
     def load_unfinished(self) -> dict[str, Any] | None:
         """The interrupted run of this step, or None: its "state" for the trainer, its "options".
 
+        Where the last state is damaged this is the one before it, and `damage` says why.
+
         Raises:
-            ValueError: damaged, or of a run with other options.
+            ValueError: both are damaged, or of a run with other options.
         """
-        path = self.unfinished(self.task.step)
-        if not path.is_file():
+        path, before = self.unfinished(self.task.step), self.before_unfinished(self.task.step)
+        if not self.interrupted():
             return None
-        state = checkpoint.load(path)
+        try:
+            state = checkpoint.load(path)
+        except ValueError as error:
+            if not before.is_file():
+                raise
+            path, state, self.damage = before, checkpoint.load(before), str(error)
         if "state" not in state:
             raise ValueError(
                 f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
             )
         if state["state"] is None:
             return None
+        _check_header(path, state, own=True)
         self._same_options(path, state)
         return state
 
@@ -272,16 +300,27 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
         )
-    described, options = state.get("task"), state.get("options", {})
-    known = described is None or (isinstance(described, dict) and set(described) == DESCRIPTION)
-    if not known or not isinstance(options, dict):
-        raise ValueError(
-            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
-        )
+    _check_header(path, state)
     model_state = checkpoint.without_prefix(state["model_state"])
     state["loss_weights"] = model_state.pop(checkpoint.LOSS_WEIGHTS, None)
     state["model_state"] = model_state
     return state
+
+
+def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
+    """Refuse a file that does not say in plain values what it learned; an official one (not `own`) says nothing."""
+    described, options = state.get("task"), state.get("options", None if own else {})
+    schedule, history = state.get("scheduler_state") or {}, state.get("history", [])
+    try:
+        json.dumps([described, options, history])
+        known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
+        counted = isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int)
+    except (TypeError, ValueError):
+        known = counted = False
+    if not (known and counted and isinstance(options, dict) and isinstance(history, list)):
+        raise ValueError(
+            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
+        )
 
 
 #: Keys of `describe`.

@@ -1,0 +1,35 @@
+"""TensorBoard files, read back without TensorBoard."""
+
+import struct
+
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event
+
+
+def read_events(folder):
+    """Every event of the files under a folder, checked by their checksums, files in order of their writing."""
+    events = []
+    for path in sorted(folder.rglob("events*"), key=lambda p: int(p.name.rsplit(".", 1)[1])):
+        raw = path.read_bytes()
+        while raw:
+            (size,) = struct.unpack("<Q", raw[:8])
+            for data, stored in ((raw[:8], raw[8:12]), (raw[12 : 12 + size], raw[12 + size : 16 + size])):
+                crc = crc32c(data)
+                assert struct.unpack("<I", stored) == ((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF,)
+            events.append(Event.FromString(raw[12 : 12 + size]))
+            raw = raw[16 + size :]
+    return events
+
+
+def scalars(folder):
+    """(name, iteration) -> value."""
+    values = [
+        (v.tag, e.step, v.simple_value) for e in read_events(folder) for v in e.summary.value if not v.HasField("image")
+    ]
+    return {(tag, step): value for tag, step, value in values}
+
+
+def pictures(folder):
+    """name -> (height, width)."""
+    values = [v for e in read_events(folder) for v in e.summary.value if v.HasField("image")]
+    return {value.tag: (value.image.height, value.image.width) for value in values}

@@ -1,0 +1,517 @@
+"""The whole program through its command line: what a run writes, what it refuses, and how it ends."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import argparser
+import dataset
+import methods
+import run
+from tests import events, thin, tiny_folder
+from utils import checkpoint
+
+ROOT = Path(__file__).parent.parent
+BASE = "6-2-shapes_n_0.pth"
+
+
+@pytest.fixture(autouse=True)
+def small():
+    with thin.program():
+        yield
+
+
+def start(folder, text):
+    """As `thin.launch`, with pictures: exit code."""
+    return run.main([word for word in thin.words(folder, text) if word != "--visualize"])
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "lock" not in path.name}
+
+
+def refusal(capsys, folder, text):
+    """The one sentence that a refused command line says; nothing is written by it."""
+    capsys.readouterr()
+    before = contents(folder)
+    assert thin.launch(folder, text) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert "mIoU" not in out
+    assert contents(folder) == before
+    return err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps: FT, then PLOP with pictures."""
+    folder = tmp_path_factory.mktemp("trained")
+    with thin.program():
+        assert start(folder, "--task 6-2 --step 0 --method FT --print_interval 1") == 0
+        assert start(folder, "--task 6-2 --step 1 --method PLOP --print_interval 1 --sample_num 2") == 0
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ------------------------------------------------------------------ what it writes
+
+
+def test_files_of_a_run(trained):
+    names = [name for name in written(trained) if not name.startswith("logs")]
+    shown = [name for name in names if "/." not in name]
+    assert shown == [
+        "checkpoints/6-2-shapes_n_0.pth",
+        "checkpoints/6-2-shapes_n_1.pth",
+        "results/d_shapes_6-2_n.csv",
+        "results/d_shapes_6-2_n.json",
+    ]
+    assert all(name.endswith(".lock") for name in set(names) - set(shown))
+
+
+def test_checkpoint_has_the_official_keys(trained):
+    state = checkpoint.load(trained / "checkpoints" / "6-2-shapes_n_1.pth")
+    official = {"epoch", "model_state", "optimizer_state", "scheduler_state", "best_score", "trainer_state"}
+    assert official | {"options", "task", "history"} == set(state)
+    assert state["epoch"] == 1
+    assert all(name.startswith("module.") for name in state["model_state"])
+    assert torch.equal(state["model_state"]["module.head.lossweights"], torch.ones(9))
+    assert state["model_state"]["module.cls.0.weight"].shape[0] == 7
+    assert state["model_state"]["module.cls.1.weight"].shape[0] == 2
+    assert state["scheduler_state"]["last_epoch"] > 0
+    assert state["optimizer_state"]["state"][0]["momentum_buffer"].shape == (8, 3, 7, 7)
+    assert state["task"] == {"dataset": "shapes", "name": "6-2", "step": 1, "steps": [[0, 1, 2, 3, 4, 5, 6], [7, 8]]}
+    assert state["options"]["method"] == "PLOP" and state["options"]["overlap"] is True
+    assert 0 <= state["best_score"] <= 1
+
+
+def test_csv_has_the_official_columns(trained):
+    first, second = thin.rows(trained)
+    assert len(first) == len(second) == 1 + 11 + 1
+    assert (first[0], second[0]) == ("0", "1")
+    assert first[8:12] == ["x"] * 4 and second[10:12] == ["x"] * 2
+    for row in (first, second):
+        known = [float(value) for value in row[1:-1] if value != "x"]
+        assert float(row[-1]) == pytest.approx(np.mean(known))
+
+
+def test_json_has_what_the_csv_has_no_column_for(trained):
+    found = thin.document(trained)
+    assert set(found["steps"]) == {"0", "1"}
+    for step, row in zip("01", thin.rows(trained)):
+        entry = found["steps"][step]
+        assert entry["all"] == pytest.approx(float(row[-1]))
+        assert [str(v) if v is not None else "x" for v in entry["class_iou"].values()] == row[
+            1 : 1 + len(entry["class_iou"])
+        ]
+        assert entry["epochs"][0]["losses"]["ce"] > 0 and "val_miou" in entry["epochs"][0]
+    assert found["steps"]["0"]["new"] is None and found["steps"]["1"]["new"] is not None
+    means = [found["steps"][step]["all"] for step in "01"]
+    assert found["average_over_steps"] == pytest.approx(sum(means) / 2)
+    assert found["class_order"] == [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9, 10]]
+    assert found["options"]["pod"] == "local" and found["versions"]["torch"] == torch.__version__
+    assert "commit" in found
+
+
+def test_tensorboard_has_every_term_by_name(trained):
+    logs = trained / "logs" / "6-2-shapes" / "n"
+    before, after = events.scalars(logs / "step-0"), events.scalars(logs / "step-1")
+    for iteration in range(1, 6):
+        assert {("loss/ce", iteration), ("loss/total", iteration), ("learning_rate", iteration)} <= set(before)
+    assert before[("learning_rate", 1)] > before[("learning_rate", 5)] > 0
+    assert {name for name, _ in after} == {
+        "loss/ce", "loss/pod", "loss/total", "learning_rate", "val/mIoU", "val/accuracy",
+        "test/old", "test/new", "test/all", "test/average_over_steps",
+    }  # fmt: skip
+    entry = thin.document(trained)["steps"]["1"]
+    assert next(v for (name, _), v in after.items() if name == "test/all") == pytest.approx(entry["all"])
+    assert next(v for (name, _), v in after.items() if name == "val/mIoU") == pytest.approx(
+        entry["epochs"][0]["val_miou"]
+    )
+    assert events.pictures(logs / "step-1").keys() == {"test/confusion", "test/sample0", "test/sample1"}
+    assert events.pictures(logs / "step-1")["test/sample0"] == (32, 96)
+    assert events.pictures(logs / "step-0").keys() == {"test/confusion"}
+
+
+def test_lambda_is_logged_by_term_and_kept_in_the_checkpoint(copy):
+    assert thin.launch(copy, "--task 6-2 --step 1 --method LSKD --print_interval 1 --epochs 2") == 0
+    logged = events.scalars(copy / "logs" / "6-2-shapes" / "n" / "step-1")
+    kinds = {"ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits", "md/logits"}
+    for kind in ("balance/lambda/", "balance/gradient/", "balance/rho/", "loss/"):
+        assert {name.removeprefix(kind) for name, _ in logged if name.startswith(kind)} >= kinds
+    weights = checkpoint.load(copy / "checkpoints" / "6-2-shapes_n_1.pth")["model_state"]["module.head.lossweights"]
+    assert weights.shape == (9,) and float(weights.sum()) == pytest.approx(9, abs=1e-4)
+    assert not torch.equal(weights, torch.ones(9))
+    assert thin.launch(copy, "--task 6-2 --step 2 --method FT") == 0  # which has no λ, and hands it on
+    kept = checkpoint.load(copy / "checkpoints" / "6-2-shapes_n_2.pth")["model_state"]["module.head.lossweights"]
+    assert torch.equal(kept, weights)
+
+
+def test_a_step_run_again_replaces_its_row(copy):
+    before = thin.rows(copy)
+    assert thin.launch(copy, "--task 6-2 --step 1 --method FT --lr 0.5") == 0
+    after = thin.rows(copy)
+    assert [row[0] for row in after] == ["0", "1"]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_several_steps_at_once_equal_one_by_one(trained, tmp_path):
+    text = "--task 6-2 --method PLOP --lr 0.01 0.002"
+    assert thin.launch(tmp_path / "once", f"{text} --step 0 1 2") == 0
+    for step in range(3):
+        assert thin.launch(tmp_path / "each", f"{text} --step {step}") == 0
+    assert thin.rows(tmp_path / "once") == thin.rows(tmp_path / "each")
+    assert thin.document(tmp_path / "once")["steps"] == thin.document(tmp_path / "each")["steps"]
+    state = checkpoint.load(tmp_path / "once" / "checkpoints" / "6-2-shapes_n_2.pth")
+    assert state["options"]["lr_of_step"] == 0.002
+
+
+# ------------------------------------------------------------------- evaluation
+
+
+def test_a_test_gives_the_score_of_the_training_run(copy):
+    before = thin.rows(copy), thin.document(copy)["steps"]
+    assert start(copy, "--task 6-2 --step 1 --method PLOP --test --sample_num 1 --name n") == 0
+    assert (thin.rows(copy), thin.document(copy)["steps"]) == before
+    # of a file named by the user, under another name
+    ckpt = copy / "checkpoints" / "6-2-shapes_n_1.pth"
+    assert thin.launch(copy, f"--task 6-2 --step 1 --test --name other --ckpt '{ckpt}'") == 0
+    assert (copy / "results" / "d_shapes_6-2_other.csv").read_text().split(",")[1:] == ",".join(before[0][1]).split(
+        ","
+    )[1:-1] + [before[0][1][-1] + "\n"]
+
+
+@pytest.mark.parametrize("full_images", ["", "--crop_val"])
+def test_every_image_counts_once(copy, full_images):
+    assert thin.launch(copy, f"--task 6-2 --step 1 --method FT --test --shapes_val 5 {full_images}") == 0
+    opts = thin.options(f"--shapes_val 5 {full_images}")
+    test = dataset.build(opts, dataset.load_task(opts, 1)).test
+    truth = torch.cat([test[index][1].flatten() for index in range(len(test))]).long()
+    expected = torch.bincount(truth[truth != 255], minlength=9)
+    assert np.array(thin.document(copy)["steps"]["1"]["confusion_matrix"]).sum(1).tolist() == expected.tolist()
+
+
+def test_a_checkpoint_of_another_step_or_network_is_not_tested(copy, capsys):
+    base = copy / "checkpoints" / BASE
+    assert "is step 0 of 6-2 on shapes, not step 1" in refusal(
+        capsys, copy, f"--task 6-2 --step 1 --test --ckpt '{base}'"
+    )
+    text = refusal(capsys, copy, "--task 6-2 --step 1 --test --backbone resnet34")
+    assert "--backbone resnet18, this run has resnet34" in text
+    assert "does not exist" in refusal(capsys, copy, "--task 6-2 --step 2 --test")
+
+
+# -------------------------------------------------------------------- dry runs
+
+
+def test_dry_run_prints_a_line_of_json_a_step(tmp_path, capsys):
+    assert thin.launch(tmp_path, "--task 6-2 --step 0 1 2 --method LSKD --dry_run") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert list(line) == ["task", "step", "classes", "images", "parameters", "steps_per_epoch"]
+        assert line["task"] == "6-2"
+        assert line["images"].keys() == {"train", "val", "test"}
+        assert line["steps_per_epoch"] == line["images"]["train"] // 2
+    assert [tuple(line["classes"].values()) for line in lines] == [(0, 7, 7), (7, 2, 9), (9, 2, 11)]
+    assert list(lines[0]["classes"]) == ["old", "new", "total"]
+    model = thin.network(thin.options(), [7, 2, 2])
+    assert lines[2]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert written(tmp_path) == []
+
+
+def test_dry_run_looks_at_the_previous_step_where_there_is_one(trained, capsys):
+    assert thin.launch(trained, "--task 6-2 --step 1 --dry_run") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert "--backbone" in refusal(capsys, trained, "--task 6-2 --step 1 --dry_run --backbone resnet34")
+
+
+def test_list_methods(capsys):
+    assert run.main(["--list_methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(methods.METHODS)
+    assert all(str(method.year) in line for line, method in zip(lines, methods.METHODS.values()))
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("--step 3", "3"),
+        ("--step 1 --name new", "6-2-shapes_new_0.pth does not exist"),
+        ("--step 2 1 --name new", "6-2-shapes_new_1.pth does not exist"),
+        ("--step 1 --task 6-1 --shapes_val 20", "6-1-shapes_n_0.pth does not exist"),
+        ("--step 2 --step_ckpt {base}", "is step 0 of 6-2 on shapes, not step 1"),
+        ("--step 1 --backbone resnet34", "was trained with --backbone resnet18"),
+        ("--step 1 --output_stride 8", "was trained with --output_stride 16"),
+        ("--step 1 --task_file {order} --step_ckpt {base}", "learned the classes"),
+        ("--step 1 --step_ckpt {order}", "damaged"),
+        ("--step 1 --ckpt {order}", "damaged"),
+        ("--step 0 --shapes_train 1", "fewer than one batch of 2 x 1 process(es); lower --batch_size"),
+        ("--step 0 --dry_run --shapes_train 1", "fewer than one batch"),
+        ("--step 0 --device cuda", "torch sees no CUDA device"),
+        ("--step 0 --epochs 0", "--epochs 0"),
+    ],
+)
+def test_refusals_are_one_sentence(copy, tmp_path, capsys, text, said):
+    if "cuda" in text and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    order = tmp_path / "order.json"
+    order.write_text('{"name": "mine", "steps": [[0, 2, 1, 3, 4, 5, 6], [7, 8], [9, 10]]}')
+    text = text.format(base=shlex.quote(str(copy / "checkpoints" / BASE)), order=shlex.quote(str(order)))
+    assert said in refusal(capsys, copy, f"--task 6-2 {text}")
+
+
+def test_a_forgotten_overlap_is_refused(copy, capsys):
+    words = [word for word in thin.words(copy, "--task 6-2 --step 1 --shapes_train 60") if word != "--overlap"]
+    assert run.main(words) == 2
+    assert "was trained with --overlap True, this run has False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["--method Unknown", "--no_such_flag", "--step x", "--backbone resnet19"])
+def test_command_lines_that_cannot_be_read_exit_with_2(tmp_path, capsys, text):
+    with pytest.raises(SystemExit) as ended:
+        thin.launch(tmp_path, text)
+    assert ended.value.code == 2
+    assert text.split()[0] in capsys.readouterr().err
+    assert written(tmp_path) == []
+
+
+def test_what_a_later_step_would_stumble_over_is_said_first(tmp_path, capsys):
+    (tmp_path / "task.json").write_text(json.dumps({"name": "rare", "steps": [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]]}))
+    text = refusal(capsys, tmp_path, f"--task_file '{tmp_path}/task.json' --step 0 1 --shapes_train 6 --batch_size 3")
+    assert "step 1 of rare has" in text or "step 1 of task rare" in text
+    assert "6-2-shapes_n_1.pth does not exist" in refusal(capsys, tmp_path, "--task 6-2 --step 0 2")
+
+
+def test_results_that_cannot_be_continued_are_refused_before_training(copy, capsys):
+    (copy / "results" / "d_shapes_6-2_n.json").write_text("{")
+    assert "d_shapes_6-2_n.json" in refusal(capsys, copy, "--task 6-2 --step 0")
+
+
+def test_a_full_disk_is_refused_before_training(copy, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1))
+    assert "free some space or name another folder with --checkpoint" in refusal(capsys, copy, "--task 6-2 --step 0")
+
+
+def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):
+    before = (copy / "checkpoints" / BASE).read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        checkpoint, "_serialise", lambda state, file: fail() if "model_state" in state else torch.save(state, file)
+    )
+    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
+    assert (copy / "checkpoints" / BASE).read_bytes() == before
+    monkeypatch.undo()
+    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --resume") == 0
+
+
+def test_debug_says_where(tmp_path, capsys):
+    assert thin.launch(tmp_path, "--task 6-2 --step 1 --debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_called_a_users_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda opts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        thin.launch(tmp_path, "--task 6-2")
+
+
+# -------------------------------------------------------- checkpoints of others
+
+
+def official(folder, target, **changed):
+    """The checkpoint of step 0 as the official programs wrote it: no options, no order, the score a numpy number."""
+    state = checkpoint.load(folder / "checkpoints" / BASE)
+    state = {key: value for key, value in state.items() if key not in ("options", "task", "history")}
+    torch.save(state | {"best_score": np.float64(0.5), "trainer_state": {"regularizer": None}} | changed, target)
+
+
+def test_official_checkpoints_are_built_upon(copy, tmp_path, capsys):
+    official(copy, tmp_path / "official.pth")
+    assert thin.launch(copy, f"--task 6-2 --step 1 --method PLOP --name o --step_ckpt '{tmp_path}/official.pth'") == 0
+    assert thin.launch(copy, "--task 6-2 --step 1 --method PLOP --name n --date e") == 0
+    rows = [(copy / "results" / name).read_text() for name in ("d_shapes_6-2_o.csv", "e_shapes_6-2_n.csv")]
+    assert rows[0] == rows[1]
+
+
+def test_tasks_share_a_base(copy):
+    """15-5 and 15-5s do so in every paper: what counts is that the classes so far are the same, in the same order."""
+    base = copy / "checkpoints" / BASE
+    assert thin.launch(copy, f"--task 6-1 --step 1 --method FT --shapes_val 20 --step_ckpt '{base}'") == 0
+
+
+def test_official_checkpoints_are_tested(copy, tmp_path):
+    official(copy, tmp_path / "official.pth")
+    assert thin.launch(copy, f"--task 6-2 --step 0 --test --name o --ckpt '{tmp_path}/official.pth'") == 0
+    mine, theirs = ((copy / "results" / f"d_shapes_6-2_{name}.csv").read_text().splitlines()[0] for name in "no")
+    assert mine == theirs
+
+
+def test_names_of_weights_are_strict_unless_the_user_says_otherwise(copy, tmp_path, capsys):
+    weights = checkpoint.load(copy / "checkpoints" / BASE)["model_state"]
+    lost = {name: value for name, value in weights.items() if name != "module.head.red_bn.bias"}
+    official(copy, tmp_path / "lost.pth", model_state=lost)
+    text = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/lost.pth'"
+    assert "head.red_bn.bias and 0 more are missing" in refusal(capsys, copy, text)
+    official(copy, tmp_path / "more.pth", model_state=weights | {"module.extra": torch.ones(1)})
+    more = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/more.pth'"
+    assert "extra and 0 more are unexpected" in refusal(capsys, copy, more)
+    official(copy, tmp_path / "shape.pth", model_state=weights | {"module.cls.0.bias": torch.ones(3)})
+    shape = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/shape.pth' --strict_weights"
+    assert "cls.0.bias and 0 more are another shape" in refusal(capsys, copy, shape)
+    assert thin.launch(copy, text + " --strict_weights") == 0
+    assert thin.launch(copy, more + " --strict_weights") == 0
+
+
+def test_ckpt_and_base_weights_start_the_student(copy):
+    """One epoch at a rate that moves nothing: the weights are those that the student was given."""
+    still = "--task 6-2 --method FT --lr 1e-30 --weight_decay 0 --fix_bn"
+    base = copy / "checkpoints" / BASE
+    weights = checkpoint.load(base)["model_state"]
+
+    def body(name, step):
+        state = checkpoint.load(copy / "checkpoints" / f"6-2-shapes_{name}_{step}.pth")["model_state"]
+        return torch.equal(
+            state["module.body.mod2.block1.convs.conv1.weight"], weights["module.body.mod2.block1.convs.conv1.weight"]
+        )
+
+    assert thin.launch(copy, f"{still} --step 0 --name c --ckpt '{base}'") == 0
+    assert body("c", 0)
+    assert thin.launch(copy, f"{still} --step 2") == 0
+    assert not body("n", 2)
+    assert thin.launch(copy, f"{still} --step 2 --base_weights") == 0
+    assert body("n", 2)
+
+
+# ------------------------------------------------------------------ determinism
+
+
+def weights_of(folder, step=0):
+    return checkpoint.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")["model_state"]
+
+
+def test_same_seed_same_bits_whatever_the_workers(trained, tmp_path):
+    first = weights_of(trained)
+    for name, text in (("again", ""), ("workers", "--num_workers 2"), ("trial", "--trial_batch")):
+        assert thin.launch(tmp_path / name, f"--task 6-2 --step 0 --method FT {text}") == 0
+        assert checkpoint.digest(weights_of(tmp_path / name)) == checkpoint.digest(first), name
+    assert thin.launch(tmp_path / "seed", "--task 6-2 --step 0 --method FT --random_seed 7") == 0
+    assert checkpoint.digest(weights_of(tmp_path / "seed")) != checkpoint.digest(first)
+
+
+# -------------------------------------------------------------- non-finite losses
+
+
+def test_a_non_finite_loss_ends_with_names_and_a_state_for_study(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataset.shapes.draw", poisoned_draw(dataset.shapes.draw))
+    monkeypatch.setattr("dataset.base.normalise", lambda image: (image.float() - 128) / (image.float().amax() - 255))
+    assert thin.launch(tmp_path, "--task 6-2 --step 0") == 3
+    out, err = capsys.readouterr()
+    assert err.startswith("error: non-finite loss at step 0, epoch 1, iteration ") and err.count("\n") == 1
+    assert "ce nan" in err or "ce inf" in err
+    assert "batch: shapes/train/" in err
+    aside = tmp_path / "checkpoints" / "6-2-shapes_n_0.nonfinite.pth"
+    assert str(aside) in out
+    assert checkpoint.load(aside)["state"]["model"]
+    assert not (tmp_path / "checkpoints" / BASE).exists() and not (tmp_path / "results" / "d_shapes_6-2_n.csv").exists()
+    capsys.readouterr()
+    assert thin.launch(tmp_path, "--task 6-2 --step 0 --skip_nonfinite 100") == 0
+    assert "skipped a non-finite loss (1 of 100) at step 0" in capsys.readouterr().out
+    assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
+
+
+def poisoned_draw(draw):
+    """Every picture that reaches full white divides by zero in the patched normalisation; only scene 3 does."""
+
+    def drawn(seed, index, size):
+        image, mask = draw(seed, index, size)
+        return (np.maximum(image, 255) if index == 3 and seed == 1 else np.minimum(image, 250)), mask
+
+    return drawn
+
+
+# ------------------------------------------------------------------- real files
+
+
+def test_a_folder_of_pictures_through_all_steps(tmp_path, capsys):
+    data = tiny_folder.write_folder(tmp_path / "my data") if (tmp_path / "my data").mkdir() is None else None
+    text = f"--dataset folder --data_root '{data}' --task_file '{data}/task.json' --crop_size 24 --name f"
+    assert thin.launch(tmp_path, f"{text} --step 0 1 2 --method PLOP --num_workers 1 --crop_val --trial_batch") == 0
+    rows = thin.rows(tmp_path)
+    assert [row[0] for row in rows] == ["0", "1", "2"] and len(rows[0]) == 7
+    assert list(thin.document(tmp_path)["steps"]["2"]["class_iou"]) == ["background", "dog", "cat", "horse", "cow"]
+    capsys.readouterr()
+    assert thin.launch(tmp_path, f"{text} --step 0 --check_data") == 0
+    assert "every image and mask can be read" in capsys.readouterr().out
+    image = data / "images" / "train1.png"
+    image.write_bytes(image.read_bytes()[:-300])
+    assert thin.launch(tmp_path, f"{text} --step 0 --check_data") == 2
+    assert str(image) in capsys.readouterr().err
+    for workers in (0, 1):
+        before = contents(tmp_path / "results")
+        assert thin.launch(tmp_path, f"{text} --step 0 --num_workers {workers}") == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and str(image) in err and "Traceback" not in err
+        assert contents(tmp_path / "results") == before
+
+
+# --------------------------------------------------------------- the real thing
+
+
+def test_the_real_network_in_a_process_of_its_own(tmp_path):
+    """`python run.py` with resnet18; the output and the exit code as a user sees them."""
+    words = thin.words(tmp_path, "--task 6-2 --step 0 --method PLOP --shapes_train 4 --num_workers 1")
+    done = subprocess.run(
+        [sys.executable, "run.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("--method PLOP: pod=local, pod_factor=0.01")
+    assert "precision: float32 (O0); device cpu, 1 process(es)" in lines
+    assert "mIoU old" in lines[-1]
+    state = checkpoint.load(tmp_path / "checkpoints" / BASE)
+    assert state["model_state"]["module.body.mod5.block2.convs.conv2.weight"].shape == (512, 512, 3, 3)
+    assert done.stderr == ""
+    shutil.rmtree(tmp_path / "checkpoints")  # 120 MB
+
+
+def test_the_parser_is_asked_quietly_by_other_processes(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--no_such_flag"])
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "")
+    assert run.main(["--list_methods"]) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit):
+        run.main(["--no_such_flag"])
+    assert "--no_such_flag" in capsys.readouterr().err
+    assert argparser.parse([]).local_rank == 0

@@ -1,0 +1,76 @@
+"""Stop requests: remembered, restored, obeyed at once the second time."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from utils import signals
+from utils.signals import Interruptible, Stopped, StopRequest, outlive_stop_signals
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_is_a_request(number, code):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signum == 0
+        os.kill(os.getpid(), number)
+        assert stop.signum == number
+    assert signal.getsignal(number) == before
+    assert Stopped(number).exit_code == code
+    assert str(Stopped(number)) == f"stopped by {signal.Signals(number).name}"
+
+
+def test_the_second_signal_ends_the_process():
+    child = os.fork()
+    if child == 0:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_pass_ends_early_but_not_empty():
+    stop = StopRequest()
+    loader = Interruptible([1, 2, 3], stop)
+    assert list(loader) == list(loader) == [1, 2, 3]
+    stop.signum = signal.SIGTERM
+    assert list(loader) == [1]
+
+
+def forked(action):
+    """Run an action in a child process; the child and a pipe that says "ready" once the action is done."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        action()
+        os.write(write, b"ready")
+        time.sleep(30)
+        os._exit(1)
+    assert os.read(read, 5) == b"ready"
+    return child
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="a process does not learn who signals it")
+def test_workers_that_load_data_obey_their_parent_alone():
+    worker = forked(lambda: outlive_stop_signals(0))
+    for number in signals.SIGNALS:  # from a batch system: some other process
+        stranger = os.fork()
+        if stranger == 0:
+            os.kill(worker, number)
+            os._exit(0)
+        os.waitpid(stranger, 0)
+    time.sleep(0.3)
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0

@@ -1,0 +1,28 @@
+"""What to say when the memory of the machine or of the GPU is full: torch says it in a dozen ways, none of them to a user."""
+
+from __future__ import annotations
+
+import torch
+
+#: Words of the errors by which torch says that memory is full, or that the system ended a process for it.
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def shortage(error: BaseException) -> str:
+    """A sentence about an error that full memory explains.
+
+    Args:
+        error: what ended the program.
+
+    Returns:
+        The sentence with its remedy; "" for any other error.
+    """
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            "a process that loads data is gone (did the system end it because the memory is full?); "
+            "lower --num_workers, then repeat the command with --resume"
+        )
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in text for sign in _SIGNS):
+        return "the memory is full; lower --batch_size or --crop_size, or use --opt_level O1 (--trial_batch tells before the work)"
+    return ""
