@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset.tasks import Task
 from methods.base import Method
@@ -136,10 +135,9 @@ class Trainer:
         if self.opts.compile:
             self.model = torch.compile(self.model)
         if distributed.active():
-            synced = self.opts.norm_act.startswith("iabn_sync")
-            ids = [self.device] if self.device.type == "cuda" else None
             # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
-            self.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=not synced)
+            follow_main = not self.opts.norm_act.startswith("iabn_sync")
+            self.model = distributed.wrap(self.model, self.device, follow_main)
 
     # -------------------------------------------------------------- training
 

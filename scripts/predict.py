@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for path in tqdm(files, desc="pictures"):
             with Image.open(path) as opened:
-                picture = np.asarray(opened.convert("RGB"))
+                picture = np.array(opened.convert("RGB"))
             save(picture, classes[segment(model, picture, device)], arguments.out / path.stem)
     except (ValueError, UnidentifiedImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

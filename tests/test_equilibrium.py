@@ -156,7 +156,7 @@ def test_weights_are_rescaled_to_their_number_after_every_epoch():
         ((0.0, 1.0, 0.0), (0.0, 2.0, 0.0)),  # absent for good
         ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),  # all of a group gone later
         ((1e-40, 1.0, 1.0), (1.0, 1.0, 1.0)),  # the quotient overflows float32
-        ((-1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),  # released --pseudo_soft: no root of a negative number
+        ((-1.0, 1.0, 1.0), (1.0, 3.0, 1.0)),  # released --pseudo_soft: no root of a negative number
     ],
 )
 def test_vanished_terms_leave_finite_weights(first, later):

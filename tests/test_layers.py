@@ -7,7 +7,7 @@ from pathlib import Path
 #: From the bottom up; a package stands for its modules, but utils/ spans several layers.
 LAYERS = """
 metrics utils.types utils.flags utils.amp utils.distributed utils.checkpoint utils.logger utils.scheduler utils.signals \
-utils.random_state utils.masks utils.pseudo utils.pod_options utils.pod_distance utils.pod utils.distillation utils.loss
+utils.random_state utils.memory utils.structure utils.masks utils.pseudo utils.pod_options utils.pod_distance utils.pod utils.distillation utils.loss
 dataset modules
 segmentation_module
 utils.equilibrium utils.regularizer utils.store utils.networks utils.results utils.visualize
@@ -31,6 +31,7 @@ def test_imports_go_down():
         elif isinstance(node, ast.Import):
             below[name] |= {alias.name for alias in node.names}
     below = {name: names & set(MODULES) for name, names in below.items()}
-    height = {name: HEIGHT[name if name in HEIGHT else name.split(".")[0]] for name in MODULES}
+    height = {name: HEIGHT.get(name, HEIGHT.get(name.split(".")[0])) for name in MODULES}
+    assert [name for name in MODULES if height[name] is None] == [], "name their layer above"
     assert [(a, b) for a, names in below.items() for b in names if height[b] > height[a]] == []
     TopologicalSorter(below).prepare()  # raises CycleError

@@ -6,6 +6,7 @@ them the program is one process and every function here is the identity.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 #: A process that waits longer than this for the others gives up with an error; none hangs for ever. A process that died is noticed
 #: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
@@ -92,6 +94,23 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
+
+
+def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> DistributedDataParallel:
+    """The model with gradients averaged over the processes.
+
+    Args:
+        model: on its device.
+        device: of this process.
+        follow_main: give the buffers of the main process to all before every forward pass.
+
+    Returns:
+        The wrapper; the model is its `module`.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{option: follow_main})
 
 
 def first_here() -> bool:
