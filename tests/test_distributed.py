@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import dataset
 import run
@@ -128,8 +129,20 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """How every scenario ended: name -> the notes of both processes; and the folder."""
-    folder = tmp_path_factory.mktemp("two")
+    """How every scenario ended: name -> the notes of both processes; and the folder, which parallel test processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_scenarios(folder)
+    notes = {
+        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)] for name in SCENARIOS
+    }
+    return notes, folder
+
+
+def run_scenarios(folder):
     ports = free_ports(len(SCENARIOS))
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=process, args=(rank, ports, folder)) for rank in range(2)]
@@ -142,10 +155,6 @@ def ended(tmp_path_factory):
         if one.is_alive():
             one.kill()
     assert codes == [0, 0], "a process hangs or died"
-    notes = {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)] for name in SCENARIOS
-    }
-    return notes, folder
 
 
 def codes(ended, name):

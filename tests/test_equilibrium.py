@@ -168,6 +168,7 @@ def test_vanished_terms_leave_finite_weights(first, later):
         rge.after_backward()
         assert rge.weights.grad.isfinite().all()
         assert all(value.isfinite() for value in rge.log_values().values())
+        assert all(value >= 0 for name, value in rge.log_values().items() if name.startswith("rho"))
 
 
 def test_terms_without_gradient_and_frozen_parameters_measure_nothing():

@@ -40,6 +40,23 @@ def test_the_second_signal_ends_the_process():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+def test_a_signal_that_a_launcher_hands_on_is_the_same_request(monkeypatch):
+    """torchrun sends its processes the Ctrl-C that they have had from the terminal."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    killed = []
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGINT
+        monkeypatch.setattr(signals.os, "kill", lambda *args: killed.append(args))
+        clock[0] += 10
+        signal.raise_signal(signal.SIGINT)
+    assert killed == [(os.getpid(), signal.SIGINT)]
+
+
 def test_a_pass_ends_early_but_not_empty():
     stop = StopRequest()
     loader = Interruptible([1, 2, 3], stop)

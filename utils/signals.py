@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+#: A launcher hands on the signal that the whole process group got already: within this time the second is not another request.
+FORWARDING_SECONDS = 5.0
 
 
 class Stopped(Exception):
@@ -33,6 +37,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -44,10 +49,12 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: object) -> None:
-        if self.signum:
+        now = time.monotonic()
+        if not self.signum:
+            self.signum, self._received_at = signum, now
+        elif "LOCAL_WORLD_SIZE" not in os.environ or now - self._received_at > FORWARDING_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        self.signum = signum
 
 
 class Interruptible:
