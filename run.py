@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import re
@@ -31,13 +32,13 @@ from torch.utils.data import DataLoader
 import argparser
 import dataset
 import methods
-from dataset.sampler import EpochSampler, PartSampler, end_workers
+from dataset.sampler import EpochSampler, PartSampler, end_workers, make_loader
 from dataset.tasks import Task
 from train import NonFiniteLoss, Trainer
 from utils import amp, checkpoint, distributed, memory, networks, results, visualize
 from utils.logger import Logger
 from utils.random_state import seed_everything
-from utils.signals import Interruptible, Stopped, StopRequest, outlive_stop_signals
+from utils.signals import Interruptible, Stopped, StopRequest
 from utils.store import Store
 
 #: Exit codes: a user's error, a loss that is not finite, another process that is gone.
@@ -145,6 +146,7 @@ def run(opts: Namespace) -> None:
                 check_data(step_opts, task)
             else:
                 StepRun(step_opts, task, device, stop).go()
+                gc.collect()  # networks and optimiser lie in circles of references: the next step needs their memory
 
 
 def foresee(opts: Namespace) -> None:
@@ -296,28 +298,13 @@ class StepRun:
         )
         if not self.test_only:
             require_batches(len(self.splits.train), opts, self.task)
-        self.train_loader = self._loader(self.splits.train, self.sampler, opts.batch_size, drop_last=True)
+        pin = self.device.type == "cuda"
+        self.train_loader = make_loader(self.splits.train, self.sampler, opts.batch_size, opts, pin, lasting=True)
         # Full images differ in size and cannot share a batch.
         per_batch = opts.batch_size if opts.crop_val else 1
-        self.val_loader = self._loader(
-            self.splits.val, PartSampler(len(self.splits.val), distributed.rank(), world), per_batch
-        )
-        self.test_loader = self._loader(
-            self.splits.test, PartSampler(len(self.splits.test), distributed.rank(), world), per_batch
-        )
-
-    def _loader(self, data, sampler, batch_size: int, drop_last: bool = False) -> DataLoader:
-        return DataLoader(
-            data,
-            batch_size,
-            sampler=sampler,
-            num_workers=self.opts.num_workers,
-            pin_memory=self.device.type == "cuda",
-            drop_last=drop_last,
-            persistent_workers=self.opts.num_workers > 0 and sampler is self.sampler,
-            worker_init_fn=outlive_stop_signals,
-            # A generator of its own: starting an iterator must not move torch's, which a resume restores.
-            generator=torch.Generator().manual_seed(self.opts.random_seed),
+        self.val_loader, self.test_loader = (
+            make_loader(split, PartSampler(len(split), distributed.rank(), world), per_batch, opts, pin)
+            for split in (self.splits.val, self.splits.test)
         )
 
     # ------------------------------------------------------------------ models

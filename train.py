@@ -47,7 +47,9 @@ class Meters:
         return {name: total / max(1, self.count) for name, total in self.sums.items()}
 
 
-def make_optimizer(opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter]) -> torch.optim.SGD:
+def make_optimizer(
+    opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter], fused: bool
+) -> torch.optim.SGD:
     """SGD with Nesterov momentum over body, head, classifiers and the balancer's own parameters.
 
     Args:
@@ -55,6 +57,7 @@ def make_optimizer(opts: Namespace, task: Task, model: nn.Module, extra: list[nn
         task: `--lr_old` applies to the classifiers of earlier steps.
         model: the student, not wrapped.
         extra: further parameters, such as λ.
+        fused: whether the precision allows the fused step.
 
     Returns:
         The optimiser.
@@ -71,14 +74,12 @@ def make_optimizer(opts: Namespace, task: Task, model: nn.Module, extra: list[nn
     else:
         groups.append(group(model.cls.parameters()))
     groups.append(group(extra))
-    # One pass over weights, gradients and momenta instead of five; apex patches the plain step.
-    fused = opts.amp_backend == "torch"
     return torch.optim.SGD(
         [g for g in groups if g["params"]],
         lr=opts.lr_of_step,
         momentum=opts.momentum,
         nesterov=opts.momentum > 0,
-        fused=fused,
+        fused=fused,  # one pass over weights, gradients and momenta instead of five
     )
 
 
@@ -106,7 +107,8 @@ class Trainer:
         self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
         self.precision = amp.build(opts, device)
         self.balancer = method.make_balancer(model)
-        self.optimizer = make_optimizer(opts, task, model, self.balancer.parameters())
+        extra, fused = self.balancer.parameters(), self.precision.allows_fused_step
+        self.optimizer = make_optimizer(opts, task, model, extra, fused)
         self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
         self.scheduler = None
         self.epoch = self.iteration = self.validated_epoch = 0

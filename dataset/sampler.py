@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.signals import outlive_stop_signals
 
 
 class EpochSampler(Sampler[int]):
@@ -72,6 +75,33 @@ class PartSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def make_loader(
+    data: Dataset, sampler: Sampler[int], batch_size: int, opts: Namespace, pin_memory: bool, lasting: bool = False
+) -> DataLoader:
+    """Batches of a data set.
+
+    Args:
+        data: what is loaded.
+        sampler: which samples, in which order.
+        batch_size: samples of a batch.
+        opts: num_workers, random_seed.
+        pin_memory: put the batches where a GPU fetches them faster.
+        lasting: complete batches only, worker processes kept from epoch to epoch, as a training wants it.
+    """
+    return DataLoader(
+        data,
+        batch_size,
+        sampler=sampler,
+        num_workers=opts.num_workers,
+        pin_memory=pin_memory,
+        drop_last=lasting,
+        persistent_workers=lasting and opts.num_workers > 0,
+        worker_init_fn=outlive_stop_signals,
+        # A generator of its own: starting an iterator must not move torch's, which a resume restores.
+        generator=torch.Generator().manual_seed(opts.random_seed),
+    )
 
 
 def end_workers(loader: DataLoader) -> None:

@@ -29,8 +29,9 @@ COMMANDS = {
         "--task 6-2 --step 1 --method RW --epochs 2 --reg_iterations 2 --shapes_train 20",
         ["--task 6-2 --step 0 --method RW"],
     ),
+    "half": ("--task 6-2 --step 0 --method FT --epochs 2 --opt_level O1 --amp_dtype float16", []),
 }
-LAST = {"ft": 0, "lskd": 1, "rw": 1}
+LAST = {"ft": 0, "lskd": 1, "rw": 1, "half": 0}
 
 
 class Killed(BaseException):
@@ -166,6 +167,17 @@ def test_killed_while_measuring_importance(nth, whole, copy_of, monkeypatch):
             thin.launch(folder, COMMANDS["rw"][0] + " --ckpt_minutes 1e-9")
     assert thin.launch(folder, COMMANDS["rw"][0] + " --resume") == 0
     check(folder, whole, "rw")
+
+
+def test_the_scaler_of_half_precision_goes_on(whole, copy_of, monkeypatch):
+    folder = copy_of("half")
+    with monkeypatch.context() as patch:
+        interrupt(patch, (train.Trainer, "train_iteration"), 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert thin.launch(folder, COMMANDS["half"][0]) == 143
+    state = checkpoint.load(folder / "checkpoints" / "6-2-shapes_n_0.resume.pth")["state"]["precision"]
+    assert state["scale"] > 1 and state["_growth_tracker"] > 0
+    assert thin.launch(folder, COMMANDS["half"][0] + " --resume") == 0
+    check(folder, whole, "half")
 
 
 def test_killed_again_and_again(whole, copy_of, monkeypatch):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,22 @@ def test_several_steps_at_once_equal_one_by_one(trained, tmp_path):
     assert thin.document(tmp_path / "once")["steps"] == thin.document(tmp_path / "each")["steps"]
     state = checkpoint.load(tmp_path / "once" / "checkpoints" / "6-2-shapes_n_2.pth")
     assert state["options"]["lr_of_step"] == 0.002
+
+
+def test_a_step_leaves_no_memory_to_the_next(tmp_path, monkeypatch):
+    alive, steps = [], []
+    build = run.StepRun._build_trainer
+
+    def build_trainer(self):
+        steps.append([reference() is not None for reference in alive])
+        found = build(self)
+        alive.append(weakref.ref(self.trainer.network))
+        alive.append(weakref.ref(self.trainer.optimizer))
+        return found
+
+    monkeypatch.setattr(run.StepRun, "_build_trainer", build_trainer)
+    assert thin.launch(tmp_path, "--task 6-2 --step 0 1 --method LSKD --num_workers 1") == 0
+    assert steps == [[], [False, False]]
 
 
 # ------------------------------------------------------------------- evaluation

@@ -86,6 +86,11 @@ class Precision:
         """Scale under which small float16 gradients survive; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
+    @property
+    def allows_fused_step(self) -> bool:
+        """Not with a scaler: torch's fused SGD allocates its momentum without filling it, and keeps that if the first step overflows."""
+        return not self.scaler.is_enabled()
+
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Backward pass that leaves true, unscaled gradients behind."""
         self.scaler.scale(loss).backward()
@@ -126,6 +131,11 @@ class ApexPrecision(Precision):
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """Let apex patch model and optimiser."""
         return self.amp.initialize(model, optimizer, opt_level=self.level)
+
+    @property
+    def allows_fused_step(self) -> bool:
+        """No: apex patches the plain step."""
+        return False
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Backward pass under apex's scaler, which unscales on leaving the context."""
