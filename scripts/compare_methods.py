@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +42,11 @@ def words_of(arguments: argparse.Namespace, seed: int, name: str, extra: list[st
         "--logdir",
         str(out / "logs"),
     ]
+    given = list(arguments.words)
+    if name == "Joint" and "--task" in given:  # all classes at once, whatever the others compare on
+        given[given.index("--task") + 1] = "offline"
     return [
-        *arguments.words,
+        *given,
         *folders,
         "--random_seed",
         str(seed),
@@ -55,12 +59,29 @@ def words_of(arguments: argparse.Namespace, seed: int, name: str, extra: list[st
     ]
 
 
-def run(words: list[str]) -> None:
-    """One process of run.py; its output goes to this terminal."""
-    print("run.py " + " ".join(words), flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], check=False).returncode
-    if code:
-        sys.exit(code)
+def run(arguments: argparse.Namespace, words: list[str]) -> None:
+    """One process of run.py; what it says goes to a file of its name, its scores to the terminal too.
+
+    Raises:
+        RuntimeError: it failed; holds the end of what it said.
+    """
+    name, steps = words[words.index("--name") + 1], words[words.index("--step") + 1 :]
+    log = Path(arguments.out) / f"{name}-step{steps[0]}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-u", str(ROOT / "run.py"), *words]
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if "mIoU old" in line or "finished" in line:
+                print(f"{name}: {line.split(' (%)')[0].strip()}", flush=True)
+    if process.returncode:
+        raise RuntimeError(
+            f"run.py {' '.join(words)}\nended with exit code {process.returncode}:\n{log.read_text()[-2000:]}"
+        )
 
 
 def shares_step0(method: str, words: list[str]) -> bool:
@@ -69,33 +90,54 @@ def shares_step0(method: str, words: list[str]) -> bool:
     return not any(getattr(opts, option) not in (None, False, 1) for option in STEP0_OPTIONS)
 
 
-def train(arguments: argparse.Namespace, method: str, seed: int) -> list[dict]:
-    """All steps of one method and seed.
+def train_first(arguments: argparse.Namespace, method: str, seed: int) -> None:
+    """Step 0 of a method: the shared one, or its own."""
+    name, own = first_run(arguments, method)
+    run(arguments, words_of(arguments, seed, name, [*own, *_epochs(arguments.epochs_step0), "--step", "0"]))
+
+
+def first_run(arguments: argparse.Namespace, method: str) -> tuple[str, list[str]]:
+    """Name of the run that trains the method's step 0, and its words."""
+    shared = method != "Joint" and shares_step0(method, arguments.words)
+    return (BASE, []) if shared else (method, ["--method", method])
+
+
+def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[dict]:
+    """All steps after step 0.
 
     Returns:
-        The JSON entries of its steps, in order.
+        The JSON entries of all steps of the method, in order.
     """
-    opts = argparser.parse([*arguments.words, "--method", method])
+    name, _ = first_run(arguments, method)
     if method == "Joint":
-        run(words_of(arguments, seed, method, ["--method", "Joint", "--step", "0", *_epochs(arguments.epochs_step0)]))
-        return [document(arguments, f"{method}-seed{seed}", "offline")["steps"]["0"]]
+        return [document(arguments, f"{name}-seed{seed}", "offline")["steps"]["0"]]
+    opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
-    first_epochs, later_epochs = _epochs(arguments.epochs_step0), _epochs(arguments.epochs_later)
-    own = [] if shares_step0(method, arguments.words) else ["--method", method]
-    base = f"{method if own else BASE}-seed{seed}"
-    run(words_of(arguments, seed, method if own else BASE, [*own, "--step", "0", *first_epochs]))
+    start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
+    words = ["--method", method, "--step_ckpt", str(start), *_epochs(arguments.epochs_later)]
     later = [str(step) for step in range(1, task.last_step + 1)]
-    start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{base}_0.pth"
-    run(
-        words_of(
-            arguments, seed, method, ["--method", method, "--step", *later, "--step_ckpt", str(start), *later_epochs]
-        )
-    )
+    run(arguments, words_of(arguments, seed, method, [*words, "--step", *later]))
     steps = {
-        **document(arguments, base, task.name)["steps"],
+        **document(arguments, f"{name}-seed{seed}", task.name)["steps"],
         **document(arguments, f"{method}-seed{seed}", task.name)["steps"],
     }
     return [steps[str(step)] for step in range(task.last_step + 1)]
+
+
+def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
+    """Every method and seed, `--jobs` processes at a time.
+
+    Returns:
+        By method, for each seed the entries of its steps.
+    """
+    first = {first_run(arguments, method)[0]: method for method in arguments.methods}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for job in [pool.submit(train_first, arguments, m, seed) for m in first.values() for seed in arguments.seeds]:
+            job.result()
+        jobs = {
+            m: [pool.submit(train_later, arguments, m, seed) for seed in arguments.seeds] for m in arguments.methods
+        }
+        return {method: [job.result() for job in seeds] for method, seeds in jobs.items()}
 
 
 def _epochs(number: int | None) -> list[str]:
@@ -156,7 +198,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Train, print the table, draw the figure."""
     arguments = parse(argv)
-    entries = {method: [train(arguments, method, seed) for seed in arguments.seeds] for method in arguments.methods}
+    try:
+        entries = train_all(arguments)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     text = table(entries)
     out = Path(arguments.out)
     (out / "table.md").write_text(text + "\n")
