@@ -187,6 +187,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs_later", type=int, default=None, help="epochs of later steps, instead of run.py's --epochs"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; give each --threads 1 on a CPU")
     parser.add_argument(
         "--out", default="runs/comparison", help="folder of checkpoints, results, logs, table and figure"
     )
