@@ -38,6 +38,7 @@ def test_levels(level, dtype, computes_in, said):
     assert policy.scaler.is_enabled() == (computes_in is torch.float16)
 
 
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
 def test_float16_is_the_default_on_cuda():
     assert precision(device=torch.device("cuda")).dtype is torch.float16
 
@@ -74,6 +75,19 @@ def test_gradients_are_left_unscaled_and_overflow_skips_the_move():
     assert continued.gradient_scale == amp.INITIAL_SCALE / 2
     assert precision("O0").gradient_scale == 1.0
     precision("O0").load_state_dict({})
+
+
+def test_momentum_is_sound_after_an_overflow_in_the_first_step():
+    policy = precision(dtype="float16")
+    weight = nn.Parameter(torch.ones(1))
+    fused = policy.allows_fused_step
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+    for factor in (float("inf"), 2.0):
+        optimizer.zero_grad()
+        policy.backward((weight * factor).sum(), optimizer)
+        policy.step(optimizer)
+    assert weight.item() == pytest.approx(1 - 0.1 * (2 + 0.9 * 2))
+    assert precision().allows_fused_step and precision("O0").allows_fused_step
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -48,6 +48,9 @@ SCENARIOS = {
 
 def process(rank, ports, folder):
     """One of the two processes: goes through the scenarios and writes down how each ended."""
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of the workers that load data, as in a program started by hand
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": "2",

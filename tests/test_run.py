@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import argparser
 import dataset
 import methods
 import run
@@ -41,18 +39,6 @@ def written(folder):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "lock" not in path.name}
-
-
-def refusal(capsys, folder, text):
-    """The one sentence that a refused command line says; nothing is written by it."""
-    capsys.readouterr()
-    before = contents(folder)
-    assert thin.launch(folder, text) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    assert "mIoU" not in out
-    assert contents(folder) == before
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +210,6 @@ def test_every_image_counts_once(copy, full_images):
     assert np.array(thin.document(copy)["steps"]["1"]["confusion_matrix"]).sum(1).tolist() == expected.tolist()
 
 
-def test_a_checkpoint_of_another_step_or_network_is_not_tested(copy, capsys):
-    base = copy / "checkpoints" / BASE
-    assert "is step 0 of 6-2 on shapes, not step 1" in refusal(
-        capsys, copy, f"--task 6-2 --step 1 --test --ckpt '{base}'"
-    )
-    text = refusal(capsys, copy, "--task 6-2 --step 1 --test --backbone resnet34")
-    assert "--backbone resnet18, this run has resnet34" in text
-    assert "does not exist" in refusal(capsys, copy, "--task 6-2 --step 2 --test")
-
-
 # -------------------------------------------------------------------- dry runs
 
 
@@ -253,175 +229,11 @@ def test_dry_run_prints_a_line_of_json_a_step(tmp_path, capsys):
     assert written(tmp_path) == []
 
 
-def test_dry_run_looks_at_the_previous_step_where_there_is_one(trained, capsys):
-    assert thin.launch(trained, "--task 6-2 --step 1 --dry_run") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    assert "--backbone" in refusal(capsys, trained, "--task 6-2 --step 1 --dry_run --backbone resnet34")
-
-
 def test_list_methods(capsys):
     assert run.main(["--list_methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(methods.METHODS)
     assert all(str(method.year) in line for line, method in zip(lines, methods.METHODS.values()))
-
-
-# -------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("--step 3", "3"),
-        ("--step 1 --name new", "6-2-shapes_new_0.pth does not exist"),
-        ("--step 2 1 --name new", "6-2-shapes_new_1.pth does not exist"),
-        ("--step 1 --task 6-1 --shapes_val 20", "6-1-shapes_n_0.pth does not exist"),
-        ("--step 2 --step_ckpt {base}", "is step 0 of 6-2 on shapes, not step 1"),
-        ("--step 1 --backbone resnet34", "was trained with --backbone resnet18"),
-        ("--step 1 --output_stride 8", "was trained with --output_stride 16"),
-        ("--step 1 --task_file {order} --step_ckpt {base}", "learned the classes"),
-        ("--step 1 --step_ckpt {order}", "damaged"),
-        ("--step 1 --ckpt {order}", "damaged"),
-        ("--step 0 --shapes_train 1", "fewer than one batch of 2 x 1 process(es); lower --batch_size"),
-        ("--step 0 --dry_run --shapes_train 1", "fewer than one batch"),
-        ("--step 0 --device cuda", "torch sees no CUDA device"),
-        ("--step 0 --epochs 0", "--epochs 0"),
-    ],
-)
-def test_refusals_are_one_sentence(copy, tmp_path, capsys, text, said):
-    if "cuda" in text and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    order = tmp_path / "order.json"
-    order.write_text('{"name": "mine", "steps": [[0, 2, 1, 3, 4, 5, 6], [7, 8], [9, 10]]}')
-    text = text.format(base=shlex.quote(str(copy / "checkpoints" / BASE)), order=shlex.quote(str(order)))
-    assert said in refusal(capsys, copy, f"--task 6-2 {text}")
-
-
-def test_a_forgotten_overlap_is_refused(copy, capsys):
-    words = [word for word in thin.words(copy, "--task 6-2 --step 1 --shapes_train 60") if word != "--overlap"]
-    assert run.main(words) == 2
-    assert "was trained with --overlap True, this run has False" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["--method Unknown", "--no_such_flag", "--step x", "--backbone resnet19"])
-def test_command_lines_that_cannot_be_read_exit_with_2(tmp_path, capsys, text):
-    with pytest.raises(SystemExit) as ended:
-        thin.launch(tmp_path, text)
-    assert ended.value.code == 2
-    assert text.split()[0] in capsys.readouterr().err
-    assert written(tmp_path) == []
-
-
-def test_what_a_later_step_would_stumble_over_is_said_first(tmp_path, capsys):
-    (tmp_path / "task.json").write_text(json.dumps({"name": "rare", "steps": [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]]}))
-    text = refusal(capsys, tmp_path, f"--task_file '{tmp_path}/task.json' --step 0 1 --shapes_train 6 --batch_size 3")
-    assert "step 1 of rare has" in text or "step 1 of task rare" in text
-    assert "6-2-shapes_n_1.pth does not exist" in refusal(capsys, tmp_path, "--task 6-2 --step 0 2")
-
-
-def test_results_that_cannot_be_continued_are_refused_before_training(copy, capsys):
-    (copy / "results" / "d_shapes_6-2_n.json").write_text("{")
-    assert "d_shapes_6-2_n.json" in refusal(capsys, copy, "--task 6-2 --step 0")
-
-
-def test_a_full_disk_is_refused_before_training(copy, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1))
-    assert "free some space or name another folder with --checkpoint" in refusal(capsys, copy, "--task 6-2 --step 0")
-
-
-def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):
-    before = (copy / "checkpoints" / BASE).read_bytes()
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(
-        checkpoint, "_serialise", lambda state, file: fail() if "model_state" in state else torch.save(state, file)
-    )
-    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2") == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
-    assert (copy / "checkpoints" / BASE).read_bytes() == before
-    monkeypatch.undo()
-    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --resume") == 0
-
-
-def test_debug_says_where(tmp_path, capsys):
-    assert thin.launch(tmp_path, "--task 6-2 --step 1 --debug") == 2
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_bug_is_not_called_a_users_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "run", lambda opts: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        thin.launch(tmp_path, "--task 6-2")
-
-
-# -------------------------------------------------------- checkpoints of others
-
-
-def official(folder, target, **changed):
-    """The checkpoint of step 0 as the official programs wrote it: no options, no order, the score a numpy number."""
-    state = checkpoint.load(folder / "checkpoints" / BASE)
-    state = {key: value for key, value in state.items() if key not in ("options", "task", "history")}
-    torch.save(state | {"best_score": np.float64(0.5), "trainer_state": {"regularizer": None}} | changed, target)
-
-
-def test_official_checkpoints_are_built_upon(copy, tmp_path, capsys):
-    official(copy, tmp_path / "official.pth")
-    assert thin.launch(copy, f"--task 6-2 --step 1 --method PLOP --name o --step_ckpt '{tmp_path}/official.pth'") == 0
-    assert thin.launch(copy, "--task 6-2 --step 1 --method PLOP --name n --date e") == 0
-    rows = [(copy / "results" / name).read_text() for name in ("d_shapes_6-2_o.csv", "e_shapes_6-2_n.csv")]
-    assert rows[0] == rows[1]
-
-
-def test_tasks_share_a_base(copy):
-    """15-5 and 15-5s do so in every paper: what counts is that the classes so far are the same, in the same order."""
-    base = copy / "checkpoints" / BASE
-    assert thin.launch(copy, f"--task 6-1 --step 1 --method FT --shapes_val 20 --step_ckpt '{base}'") == 0
-
-
-def test_official_checkpoints_are_tested(copy, tmp_path):
-    official(copy, tmp_path / "official.pth")
-    assert thin.launch(copy, f"--task 6-2 --step 0 --test --name o --ckpt '{tmp_path}/official.pth'") == 0
-    mine, theirs = ((copy / "results" / f"d_shapes_6-2_{name}.csv").read_text().splitlines()[0] for name in "no")
-    assert mine == theirs
-
-
-def test_names_of_weights_are_strict_unless_the_user_says_otherwise(copy, tmp_path, capsys):
-    weights = checkpoint.load(copy / "checkpoints" / BASE)["model_state"]
-    lost = {name: value for name, value in weights.items() if name != "module.head.red_bn.bias"}
-    official(copy, tmp_path / "lost.pth", model_state=lost)
-    text = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/lost.pth'"
-    assert "head.red_bn.bias and 0 more are missing" in refusal(capsys, copy, text)
-    official(copy, tmp_path / "more.pth", model_state=weights | {"module.extra": torch.ones(1)})
-    more = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/more.pth'"
-    assert "extra and 0 more are unexpected" in refusal(capsys, copy, more)
-    official(copy, tmp_path / "shape.pth", model_state=weights | {"module.cls.0.bias": torch.ones(3)})
-    shape = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/shape.pth' --strict_weights"
-    assert "cls.0.bias and 0 more are another shape" in refusal(capsys, copy, shape)
-    assert thin.launch(copy, text + " --strict_weights") == 0
-    assert thin.launch(copy, more + " --strict_weights") == 0
-
-
-def test_ckpt_and_base_weights_start_the_student(copy):
-    """One epoch at a rate that moves nothing: the weights are those that the student was given."""
-    still = "--task 6-2 --method FT --lr 1e-30 --weight_decay 0 --fix_bn"
-    base = copy / "checkpoints" / BASE
-    weights = checkpoint.load(base)["model_state"]
-
-    def body(name, step):
-        state = checkpoint.load(copy / "checkpoints" / f"6-2-shapes_{name}_{step}.pth")["model_state"]
-        return torch.equal(
-            state["module.body.mod2.block1.convs.conv1.weight"], weights["module.body.mod2.block1.convs.conv1.weight"]
-        )
-
-    assert thin.launch(copy, f"{still} --step 0 --name c --ckpt '{base}'") == 0
-    assert body("c", 0)
-    assert thin.launch(copy, f"{still} --step 2") == 0
-    assert not body("n", 2)
-    assert thin.launch(copy, f"{still} --step 2 --base_weights") == 0
-    assert body("n", 2)
 
 
 # ------------------------------------------------------------------ determinism
@@ -475,7 +287,8 @@ def poisoned_draw(draw):
 
 
 def test_a_folder_of_pictures_through_all_steps(tmp_path, capsys):
-    data = tiny_folder.write_folder(tmp_path / "my data") if (tmp_path / "my data").mkdir() is None else None
+    (tmp_path / "my data").mkdir()
+    data = tiny_folder.write_folder(tmp_path / "my data")
     text = f"--dataset folder --data_root '{data}' --task_file '{data}/task.json' --crop_size 24 --name f"
     assert thin.launch(tmp_path, f"{text} --step 0 1 2 --method PLOP --num_workers 1 --crop_val --trial_batch") == 0
     rows = thin.rows(tmp_path)
@@ -518,17 +331,3 @@ def test_the_real_network_in_a_process_of_its_own(tmp_path):
     assert state["model_state"]["module.body.mod5.block2.convs.conv2.weight"].shape == (512, 512, 3, 3)
     assert done.stderr == ""
     shutil.rmtree(tmp_path / "checkpoints")  # 120 MB
-
-
-def test_the_parser_is_asked_quietly_by_other_processes(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as ended:
-        run.main(["--no_such_flag"])
-    assert ended.value.code == 2 and capsys.readouterr() == ("", "")
-    assert run.main(["--list_methods"]) == 0
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(SystemExit):
-        run.main(["--no_such_flag"])
-    assert "--no_such_flag" in capsys.readouterr().err
-    assert argparser.parse([]).local_rank == 0

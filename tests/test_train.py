@@ -62,7 +62,7 @@ def same(one, other):
 def test_optimizer_is_nesterov_sgd_over_all_parameters():
     step = thin.Step("--lr 0.3 --momentum 0.8 --weight_decay 0.02", ((0, 1, 2), (3,)))
     extra = nn.Parameter(torch.ones(9))
-    optimizer = make_optimizer(step.opts, step.task, step.model, [extra])
+    optimizer = make_optimizer(step.opts, step.task, step.model, [extra], fused=False)
     assert [(g["lr"], g["momentum"], g["nesterov"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (0.3, 0.8, True, 0.02)
     ] * 4
@@ -72,21 +72,24 @@ def test_optimizer_is_nesterov_sgd_over_all_parameters():
 
 def test_old_classifiers_can_learn_at_a_rate_of_their_own():
     step = thin.Step("--lr 0.3 --lr_old 0.01", ((0, 1, 2), (3,), (4, 5)))
-    groups = make_optimizer(step.opts, step.task, step.model, []).param_groups
+    groups = make_optimizer(step.opts, step.task, step.model, [], fused=False).param_groups
     assert [g["lr"] for g in groups] == [0.3, 0.3, 0.01, 0.3]
     assert groups[2]["params"] == [*step.model.cls[0].parameters(), *step.model.cls[1].parameters()]
     assert groups[3]["params"] == list(step.model.cls[2].parameters())
     cosine = thin.Step("--lr 0.3 --lr_old 0.01 --cosine", ((0, 1, 2), (3,)))
-    held = {id(p) for g in make_optimizer(cosine.opts, cosine.task, cosine.model, []).param_groups for p in g["params"]}
+    optimizer = make_optimizer(cosine.opts, cosine.task, cosine.model, [], fused=False)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in cosine.model.parameters()}
     first = thin.Step("--lr 0.3 --lr_old 0.01", ((0, 1, 2),))
-    assert [g["lr"] for g in make_optimizer(first.opts, first.task, first.model, []).param_groups] == [0.3] * 3
+    assert [g["lr"] for g in make_optimizer(first.opts, first.task, first.model, [], fused=False).param_groups] == [
+        0.3
+    ] * 3
 
 
 def test_a_frozen_body_is_not_optimised():
     step = thin.Step("", ((0, 1, 2),))
     step.model.freeze_body()
-    optimizer = make_optimizer(step.opts, step.task, step.model, [])
+    optimizer = make_optimizer(step.opts, step.task, step.model, [], fused=False)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not held & {id(p) for p in step.model.body.parameters()}
 
