@@ -31,7 +31,7 @@ CHECKS = {}
 ELSEWHERE = {
     "local_rank": "test_argparser.py::test_local_rank_in_both_spellings_and_from_the_environment",
     "data_root": "test_dataset.py::test_voc_layout",
-    "debug": "test_run.py::test_debug_says_where",
+    "debug": "test_refusals.py::test_debug_says_where",
     "backbone": "test_network.py::test_other_depths",
     "pooling": "test_network.py::test_pooling_in_evaluation_is_a_sliding_window",
     "reg_alpha": "test_regularizer.py::test_fisher_is_a_moving_average_of_squared_gradients",

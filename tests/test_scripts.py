@@ -18,8 +18,10 @@ SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")
 SCHEDULES = [path for path in SHELL if path.parent.name in ("voc", "ade", "cityscapes")]
 DATASETS = {"voc": "voc", "ade": "ade", "cityscapes": "cityscapes_domain"}
 
-#: Stands in for an interpreter or a launcher: notes its arguments, a JSON list a line, and does nothing.
-RECORDER = """#!{python}
+#: Stands in for an interpreter or a launcher: notes its arguments, a JSON list a line, and does nothing. Its second line is a command to
+#: the shell and a string to Python: the first line of a script could not hold an interpreter whose path has a space.
+RECORDER = """#!/bin/sh
+''''exec "{python}" "$0" "$@" # '''
 import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
