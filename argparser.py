@@ -282,7 +282,7 @@ def _precision(parser: argparse.ArgumentParser) -> None:
     )
     add("--amp_backend", default="torch", choices=["torch", "apex"], help="who does mixed precision")
     switch("--channels_last", help="keep images and weights channels-last in memory")
-    switch("--compile", help="compile the networks with torch.compile")
+    switch("--compile", help="compile the student with torch.compile (not tried with LSKD)")
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:

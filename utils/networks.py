@@ -74,7 +74,7 @@ def build_student(opts: Namespace, task: Task, previous: dict[str, Any], pretrai
     if opts.ckpt is not None and not opts.test:
         load_weights(model, read(Path(opts.ckpt))["model_state"], Path(opts.ckpt), strict=opts.strict_weights)
     if opts.freeze:
-        model.body.requires_grad_(False)
+        model.freeze_body()
     return model
 
 
