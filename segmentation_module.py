@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.classifier import Classifiers
@@ -15,6 +14,7 @@ from modules.mobilenet import MobileNetV2
 from modules.norm import ABN, make_norm
 from modules.pretrained import load_backbone
 from modules.resnet import ResNet
+from modules.upsample import upsample
 from utils import distributed
 from utils.types import Taps
 
@@ -58,7 +58,7 @@ class SegmentationModel(nn.Module):
         small = self.cls(pre_logits)
         logits = small
         if full_size:
-            logits = F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
+            logits = upsample(small, images.shape[2:])
         return Taps(logits, small, body, pre_logits, attentions)
 
     def train(self, mode: bool = True) -> SegmentationModel:

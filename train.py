@@ -21,6 +21,7 @@ from methods.base import Method
 from metrics.stream_metrics import StreamSegMetrics
 from utils import amp, distributed, scheduler, structure
 from utils.logger import Logger
+from utils.optimizer import make_optimizer
 from utils.random_state import random_state, set_random_state
 from utils.signals import Stopped, StopRequest
 
@@ -45,42 +46,6 @@ class Meters:
     def means(self) -> dict[str, float]:
         """Mean of every value over the iterations so far."""
         return {name: total / max(1, self.count) for name, total in self.sums.items()}
-
-
-def make_optimizer(
-    opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter], fused: bool
-) -> torch.optim.SGD:
-    """SGD with Nesterov momentum over body, head, classifiers and the balancer's own parameters.
-
-    Args:
-        opts: lr (of this step), lr_old, momentum, weight_decay, freeze.
-        task: `--lr_old` applies to the classifiers of earlier steps.
-        model: the student, not wrapped.
-        extra: further parameters, such as λ.
-        fused: whether the precision allows the fused step.
-
-    Returns:
-        The optimiser.
-    """
-
-    def group(parameters: Iterable[nn.Parameter], lr: float = opts.lr_of_step) -> dict[str, Any]:
-        return {"params": [p for p in parameters if p.requires_grad], "lr": lr, "weight_decay": opts.weight_decay}
-
-    groups = [group(model.body.parameters()), group(model.head.parameters())]
-    if opts.lr_old is not None and task.step > 0:
-        earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
-        held = {id(p) for p in earlier}
-        groups += [group(earlier, opts.lr_old), group(p for p in model.cls.parameters() if id(p) not in held)]
-    else:
-        groups.append(group(model.cls.parameters()))
-    groups.append(group(extra))
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]],
-        lr=opts.lr_of_step,
-        momentum=opts.momentum,
-        nesterov=opts.momentum > 0,
-        fused=fused,  # one pass over weights, gradients and momenta instead of five
-    )
 
 
 class Trainer:
@@ -248,11 +213,12 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.network.buffers()] if self.opts.skip_nonfinite else []
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
-            batch = batch.with_student(self.model(images))
+            batch = batch.with_student(self.balancer.cut(self.model(images)))
         self.balancer.gradient_scale = self.precision.gradient_scale
         terms = self.method.terms(batch)
         loss = self.balancer.combine(terms)
         values = self._agree(loss, terms)
+        del batch, terms  # what the backward pass does not need makes room for it
         if not all(math.isfinite(value) for value in values.values()):
             self._tolerate(values)
             self._restore_buffers(buffers)

@@ -9,8 +9,9 @@ from torch import nn
 
 import train
 from tests import thin
-from train import Meters, NonFiniteLoss, make_optimizer
+from train import Meters, NonFiniteLoss
 from utils import scheduler
+from utils.optimizer import make_optimizer
 from utils.random_state import random_state, seed_everything, set_random_state
 from utils.signals import Stopped
 

@@ -80,10 +80,12 @@ def unbiased_knowledge_distillation(
     student_logits, teacher_logits = full(student_logits), full(teacher_logits)
     num_old = teacher_logits.shape[1]
     target = (alpha * teacher_logits).softmax(1)
-    total = student_logits.logsumexp(1)
-    background = torch.cat([student_logits[:, :1], student_logits[:, num_old:]], dim=1).logsumexp(1)
+    # Split, not sliced: the gradient of a split is put together once, that of each slice is a map of zeros of its own
+    first, old, new = student_logits.split([1, num_old - 1, student_logits.shape[1] - num_old], dim=1)
+    background = torch.cat([first, new], dim=1).logsumexp(1)
+    total = torch.logaddexp(background, old.logsumexp(1)) if num_old > 1 else background
     # Σ_c q_c log p_c with Σ_c q_c = 1: the log-partition is subtracted once, not from every channel
-    expected = target[:, 0] * background + (target[:, 1:] * student_logits[:, 1:num_old]).sum(1)
+    expected = target[:, 0] * background + (target[:, 1:] * old).sum(1)
     return reduce(_masked((total - expected) / num_old, mask), reduction)
 
 

