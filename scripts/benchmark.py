@@ -5,7 +5,8 @@
 
 floor       LSKD: three plain teacher passes; other methods that look at the teacher: one; else none; plus a plain forward and
             backward pass of the student with cross entropy. The teacher is in evaluation mode, without gradients, its norms not
-            folded; both networks have the norm of --norm_act. No optimiser, no data loading.
+            folded; both networks have the norm of --norm_act and are made of ordinary operations (`benchmark_parts.plain`).
+            No optimiser, no data loading. own_floor: the same passes through this program's networks.
 iteration   `Trainer.train_iteration` with the batch on the device: teacher, pseudo-labels, student, all loss terms, the balancer's
             gradients, backward, optimiser, schedule. The optimiser's step, which the floor lacks, is also shown apart.
 memory      peak of a process that does nothing else (resident on the CPU, allocated on CUDA), one each for floor, iteration, and
@@ -70,10 +71,17 @@ CLASSES = ((16, 5), (51, 10), (100, 50))
 def measure_iteration(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Floor, iteration, optimiser step, and, where options are to make it faster, the same iteration without them."""
     bench = Workbench(arguments, device)
-    calls = {"floor": bench.floor, "iteration": bench.iteration, "optimizer": bench.optimizer_step}
+    calls = {
+        "floor": bench.floor,
+        "iteration": bench.iteration,
+        "own_floor": bench.own_floor,
+        "optimizer": bench.optimizer_step,
+    }
     clock = Clock(device, arguments.clock)
     seconds = clock.in_turn(calls, arguments.repeats)
     found = ratios(seconds["floor"], seconds["iteration"])
+    found["own_floor_s"] = statistics.median(seconds["own_floor"])
+    found["own_ratio"] = found["iteration_s"] / found["own_floor_s"]
     found["optimizer_s"] = statistics.median(seconds["optimizer"])
     found["iterations_per_s"] = 1 / found["iteration_s"]
     if arguments.amp_dtype or arguments.channels_last or arguments.compile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import platform
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 import argparser
 import methods
 from dataset.tasks import Task
+from modules.deeplab import AtrousConv2d
 from modules.fold import fold_frozen
 from modules.norm import ABN
+from modules.resnet import Stem
 from run import options_of_step
 from segmentation_module import SegmentationModel, make_model
 from train import Trainer
@@ -160,6 +163,22 @@ def synthetic_batch(arguments: Namespace, device: torch.device) -> tuple[Tensor,
     return images.to(device), labels.to(device)
 
 
+def plain(model: SegmentationModel) -> SegmentationModel:
+    """The network of ordinary operations: all nine taps of every dilated conv, pooling in the default memory layout."""
+    for module in model.modules():
+        if isinstance(module, AtrousConv2d):
+            module.__class__ = nn.Conv2d
+        elif isinstance(module, Stem):
+            module.__class__ = nn.Sequential
+    return model
+
+
+def plain_logits(model: SegmentationModel, images: Tensor) -> Tensor:
+    """(B, C, H, W) logits of a plain network, upsampled by the ordinary operation."""
+    small = model.cls(model.head(model.body(images)[0]))
+    return F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
 class Workbench:
     """The networks and the trainer of one step of a method, on a synthetic batch, without data loading.
 
@@ -187,7 +206,13 @@ class Workbench:
         self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
         self.student = self._student(teacher)
         method.attach(self.student, {})
-        self.teacher = teacher if "floor" in parts else None
+        self.teacher = self.plain_teacher = self.plain_student = None
+        if "floor" in parts:
+            # Alone, the floor's networks are not kept twice: its memory is measured too
+            copied = (lambda network: network) if parts == ("floor",) else copy.deepcopy
+            self.teacher = teacher
+            self.plain_teacher = None if teacher is None else plain(copied(teacher))
+            self.plain_student = plain(copied(self.student))
         self.trainer = None
         if "iteration" in parts:
             folded = None if teacher is None else fold_frozen(teacher, in_place="floor" not in parts)
@@ -216,15 +241,22 @@ class Workbench:
         return student.to(memory_format=self.layout).train()
 
     def floor(self) -> None:
-        """Plain teacher passes, a plain student forward and backward; no optimiser step."""
-        self.student.zero_grad(set_to_none=True)
+        """Passes of plain networks: teacher, student forward and backward; no optimiser step."""
+        self._passes(self.plain_teacher, self.plain_student, plain_logits)
+
+    def own_floor(self) -> None:
+        """The same passes through this program's networks, norms not folded."""
+        self._passes(self.teacher, self.student, lambda network, images: network(images).logits)
+
+    def _passes(self, teacher: nn.Module, student: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        student.zero_grad(set_to_none=True)
         images = self.images.contiguous(memory_format=self.layout)
         amp = torch.bfloat16 if self.opts.amp_dtype == "bfloat16" else torch.float16
         with torch.autocast(self.device.type, dtype=amp, enabled=self.opts.opt_level != "O0"):
             with torch.no_grad():
                 for _ in range(self.passes):
-                    self.teacher(images)
-            logits = self.student(images).logits
+                    logits_of(teacher, images)
+            logits = logits_of(student, images)
         F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE).backward()
 
     def iteration(self) -> None:

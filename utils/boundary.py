@@ -115,14 +115,16 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total: dict[Tensor, Tensor] = {}
         for slopes, weight in zip(ctx.slopes, (grad * ctx.weights).unbind()):
-            for tensor, slope in slopes.items():
+            while slopes:  # taken out one by one: they are as large as the taps, and this is where memory is scarce
+                tensor, slope = slopes.popitem()
                 part = weight * slope
                 total[tensor] = total[tensor].add_(part) if tensor in total else part
-        return None, None, None, *(total[tensor] for tensor in ctx.tensors)
+        tensors, ctx.tensors = ctx.tensors, ()
+        return None, None, None, *(total[tensor] for tensor in tensors)
 
 
 def weighted_sum(value: Tensor, slopes: Sequence[Slopes], weights: Tensor) -> Tensor:
-    """Σ w_i ℓ_i, whose backward pass starts at the taps.
+    """Σ w_i ℓ_i, whose backward pass starts at the taps; it can run once, and uses the slopes up.
 
     Args:
         value: scalar, the sum itself.
