@@ -291,8 +291,10 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     switch("--test", help="test the step's checkpoint, train nothing")
     add("--val_interval", type=int, default=1, help="epochs between two validations")
     add("--crop_val", action="store_false", help="validate on full images one by one, NOT on centre crops")
-    switch("--test_on_val", help="hold out a fifth of the training images and test on them")
-    switch("--val_on_trainset", help="validate on the training set")
+    switch(
+        "--test_on_val", help="test on the validation images of the step alone, with --cross_val on the held-out ones"
+    )
+    switch("--val_on_trainset", help="test on the training images")
     switch("--cross_val", help="hold out a fifth of the training images for validation")
     switch("--ignore_test_bg", help="do not count background pixels in tests")
     switch("--dont_predict_bg", help="never predict the background in evaluation")
@@ -320,7 +322,7 @@ def _output_distillation(parser: argparse.ArgumentParser) -> None:
     add("--loss_kd", type=float, default=0.0, help="factor of the distillation of outputs")
     add("--alpha", type=float, default=1.0, help="hardness of the teacher's soft-max in distillation")
     switch("--unkd", help="unbiased distillation: background stands for all new classes (MiB)")
-    switch("--kd_new", help="leave pixels of new classes out of the distillation")
+    switch("--kd_new", help="distil the outputs of background pixels only")
     add("--kd_mask", default=None, choices=["oldbackground", "new"], help="pixels whose outputs are distilled")
     switch("--kd_mask_adaptative_factor", help="scale the masked distillation by the share of its pixels")
     switch("--kd_scheduling", help="scale the distillation by sqrt(classes / new classes)")
@@ -362,6 +364,12 @@ def _pseudo(parser: argparse.ArgumentParser) -> None:
     soft = ["soft_certain", "soft_uncertain"]
     add("--pseudo_soft", type=str, default=None, choices=soft, help="soft labels on certain, or on uncertain, pixels")
     add("--pseudo_soft_factor", type=float, default=1.0, help="factor of the loss of soft labels")
+    add(
+        "--soft_loss",
+        default="released",
+        choices=["released", "mended"],
+        help="soft labels: as released, where teacher and student have changed places, or a cross entropy",
+    )
     errors = ["corrected_errors", "removed_errors"]
     add("--pseudo_ablation", default=None, choices=errors, help="ablation: mend or drop wrong pseudo-labels")
 

@@ -67,9 +67,8 @@ class Classification(Part):
         logits, old = batch.student.logits, self.task.num_old
         if self.opts.pseudo_soft is not None and batch.teacher is not None:
             certain = pseudo.certain_pixels(batch.truth, batch.pseudo_mask, old, self.opts.pseudo_soft)
-            return loss.soft_cross_entropy(
-                logits, batch.labels, batch.teacher.logits, certain, self.opts.pseudo_soft_factor
-            )
+            factor, mended = self.opts.pseudo_soft_factor, self.opts.soft_loss == "mended"
+            return loss.soft_cross_entropy(logits, batch.labels, batch.teacher.logits, certain, factor, mended)
         if self.opts.ce_on_pseudo and batch.pseudo_mask is not None:
             # Confident old pixels take cross entropy on their pseudo-label, all others the criterion on the truth.
             chosen = batch.labels.masked_fill(~batch.pseudo_mask, IGNORE)
@@ -154,5 +153,5 @@ class FT(Method):
     """Fine-tuning: no preset. The official scripts spell PLOP and LSKD as FT plus their flags."""
 
     name = "FT"
-    paper = "fine-tuning, the lower bound"
+    paper = "fine-tuning, the lower bound of every table since MiB's"
     year = 2020

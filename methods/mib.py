@@ -17,5 +17,8 @@ class MiB(Method):
     paper = "Cermelli et al., Modeling the Background for Incremental Learning in Semantic Segmentation, CVPR"
     year = 2020
     preset = {"loss_kd": 10.0, "unce": True, "unkd": True, "init_balanced": True}
-    # One class a step: the published runs need ten times the distillation.
-    task_presets = {("voc", "15-5s"): {"loss_kd": 100.0}}
+    # One class a step, in whatever order: the published runs need ten times the distillation.
+    task_presets = {
+        ("voc", task): {"loss_kd": 100.0}
+        for task in ("15-5s", *(f"15-5s_{order}" for order in "bcdefghijklmnopqrstuvw"))
+    }

@@ -1,5 +1,6 @@
 """What the checks refuse, accept and remark on; and that no command line ends in a traceback."""
 
+import itertools
 import shlex
 
 import pytest
@@ -9,6 +10,19 @@ from hypothesis import strategies as st
 
 import argparser
 from utils import checks
+
+ACTIONS = {action.dest: action for action in argparser.build_parser()._actions}
+
+
+def words(dest, **given):
+    """An option with a value that switches it on."""
+    action = ACTIONS[dest]
+    if action.nargs == 0:
+        return f"--{dest}"
+    value = given.get(dest) or (action.choices[0] if action.choices else {int: 2, float: 0.5}.get(action.type))
+    text = {"tap_schemes": "pod,pod,md,md,md,md", "pod_prepro": "abs", "multimodal_fusion": "mean"}.get(dest, value)
+    return f"--{dest} {text}"
+
 
 # --------------------------------------------------------------------- refusals
 
@@ -29,7 +43,10 @@ def test_official_lskd_command_is_accepted_at_every_step(step, tmp_path):
         ("--kd_bce_sig --unkd", ["--kd_bce_sig", "--unkd"]),
         ("--exkd_gt --exkd_sum", ["--exkd_gt", "--exkd_sum"]),
         ("--unkd --exkd_gt", ["--unkd", "--exkd_gt"]),
-        ("--method MiB --bce", ["--bce", "--unce", "of --method MiB"]),
+        ("--method MiB --bce", ["--bce", "--unce", "of --method MiB", "--method FT"]),
+        ("--pseudo entropy", ["--pseudo entropy has nothing to label at step 0", "--step 0 1"]),
+        ("--pseudo naive --step 0 --method FT", ["--pseudo naive has nothing to label at step 0"]),
+        ("--pseudo threshold_0.5 --sample_weights_new 2", ["--pseudo threshold_0.5 has nothing to label"]),
         ("--icarl --unce", ["--icarl", "--unce"]),
         ("--focal_loss --focal_loss_new", ["--focal_loss", "--focal_loss_new"]),
         ("--icarl --nca --cosine", ["--icarl", "--nca"]),
@@ -96,7 +113,6 @@ def test_official_lskd_command_is_accepted_at_every_step(step, tmp_path):
         ("--align_weight_frequency task", ["--align_weight_frequency task", "--align_weight"]),
         ("--init_multimodal max", ["--init_multimodal max", "--nb_background_modes"]),
         ("--multimodal_fusion none", ["'none'", "softmax"]),
-        ("--cross_val --val_on_trainset", ["--cross_val", "--val_on_trainset"]),
         ("--data_masking all", ["--data_masking all", "current+old"]),
         ("--no_pretrained --pretrained torchvision", ["--no_pretrained", "--pretrained torchvision"]),
         ("--pretrained no/such/file", ["--pretrained no/such/file"]),
@@ -124,10 +140,43 @@ def test_refusals_name_the_value_and_the_remedy(text, parts):
         assert part in message
 
 
+#: An option that excludes another may need a third one first.
+ENABLERS = "--cosine --pseudo entropy --step 1"
+
+
+@pytest.mark.parametrize(
+    "pair", sorted({pair for names, _ in checks.EXCLUSIVE for pair in itertools.combinations(names, 2)}), ids="-".join
+)
+def test_options_that_exclude_each_other(pair):
+    message = refusal(f"{' '.join(words(dest) for dest in pair)} {ENABLERS}")
+    assert "exclude each other" in message and all(f"--{dest}" in message for dest in pair)
+
+
+@pytest.mark.parametrize(("dest", "need"), [(dest, need) for dest, need, _ in checks.NEEDS])
+def test_options_that_cannot_work_without_others(dest, need):
+    message = refusal(words(dest, mask_rule="gt", pod_options="{}"))
+    assert f"--{dest}" in message and f"needs {need}" in message
+
+
 def test_pseudo_labels_have_nothing_to_label_in_a_domain_incremental_task(tmp_path):
     opts = parse(f"--dataset cityscapes_domain --task 11-5 --data_root '{tmp_path}' --step 1 --pseudo entropy")
     with pytest.raises(ValueError, match=r"--pseudo entropy cannot work on cityscapes_domain"):
         argparser.check(opts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"--{name}" for name in ("ce_on_new", "kd_new", "dont_predict_bg")),
+        *("--entropy_min 1", "--sample_weights_new 2", "--nb_background_modes 3"),
+        *("--align_weight old --align_weight_frequency task", "--kd_mask new", "--temperature_apply new"),
+    ],
+)
+def test_domains_have_neither_background_nor_new_classes(text, tmp_path):
+    opts = parse(f"--dataset cityscapes_domain --task 11-5 --data_root '{tmp_path}' --step 1 {text}")
+    with pytest.raises(ValueError, match="cannot work on cityscapes_domain") as caught:
+        argparser.check(opts)
+    assert text.partition(" --align_weight_")[0].split()[0] in str(caught.value)
 
 
 def test_apex_is_refused_where_it_cannot_be_imported(monkeypatch):
@@ -153,9 +202,17 @@ def test_folder_without_task_file_is_checked_too(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "--pseudo threshold_0.9",
-        "--pseudo threshold_1",
-        "--pseudo median --median exact",
+        "--pseudo threshold_0.9 --step 1",
+        "--pseudo threshold_1 --step 0 1",
+        "--pseudo median --median exact --step 2",
+        "--pseudo entropy --pseudo_soft soft_certain --soft_loss mended --step 1",
+        # scripts give the options of all steps to step 0, too
+        "--pseudo entropy --pod local --step 0",
+        "--pseudo entropy --init_balanced --step 0",
+        "--pseudo entropy --method EWC --step 0",
+        "--method PLOP --step 0",
+        "--cross_val --test_on_val",
+        "--cross_val --val_on_trainset",
         "--nca --cosine --unce",
         "--icarl --bce",
         "--nb_background_modes 3 --init_multimodal max_init --multimodal_fusion softmax",
@@ -181,6 +238,62 @@ def test_notes_say_what_does_nothing():
     assert argparser.notes(parse(f"{SHAPES} --method FT")) == []
     # what a preset brings was not typed by the user, and is not remarked on
     assert not [note for note in argparser.notes(parse(f"{SHAPES} --method PLOP --step 1")) if "nothing here" in note]
+
+
+#: What makes an idle option do something.
+MET = {
+    "--loss_kd above 0": "--loss_kd 1",
+    "--kd_mask": "--kd_mask new",
+    "--kd_bce_sig": "--kd_bce_sig",
+    "--exkd_gt or --exkd_sum": "--exkd_gt",
+    "--temperature_apply": "--temperature_apply all",
+    "--focal_loss, --focal_loss_new, or --loss_kd without --exkd_*": "--loss_kd 1",
+    "--focal_loss or --focal_loss_new": "--focal_loss_new",
+    "--nca": "--nca",
+    "--entropy_min above 0": "--entropy_min 1",
+    "--icarl": "--icarl",
+    "--icarl --icarl_disjoint": "--icarl --icarl_disjoint",
+    "--icarl without --icarl_disjoint": "--icarl",
+    "--regularizer": "--regularizer pi",
+    "--regularizer ewc or rw": "--regularizer ewc",
+    "--regularizer rw": "--regularizer rw",
+    "--pseudo entropy": "--pseudo entropy",
+    "--classif_adaptive_factor": "--classif_adaptive_factor --pseudo entropy",
+    "--pseudo entropy or median": "--pseudo median",
+    "--pseudo_soft": "--pseudo_soft soft_certain",
+    "--data_masking current+old": "--data_masking current+old",
+    "--data_masking without --no_mask": "",
+    "--pod": "--pod spatial",
+    "--pod without --mask_rule": "--pod spatial",
+    "--pod without --pod_logits": "--pod spatial",
+    "--pod local or global": "--pod global",
+    "--pod_deeplab_mask": "--pod_deeplab_mask",
+    "--mask_rule (--sigmoid)": "--mask_rule gt",
+    "--nb_background_modes above 1": "--nb_background_modes 2",
+    "no --init_balanced, which wins": "",
+    "--lr_policy poly": "",
+    "--lr_policy step": "--lr_policy step",
+    "--opt_level O1": "--opt_level O1",
+}
+#: What leaves an option idle that the defaults do not.
+UNMET = {
+    "--data_masking without --no_mask": "--no_mask",
+    "--pod without --pod_logits": "--pod spatial --pod_logits",
+    "no --init_balanced, which wins": "--init_balanced",
+    "--lr_policy poly": "--lr_policy step",
+}
+
+
+@pytest.mark.parametrize(("need", "dest"), [(need, dest) for need, _, dests in checks.IDLE for dest in dests.split()])
+def test_notes_say_what_an_option_needs(need, dest):
+    def said(others):
+        return f"--{dest} does nothing here: it needs {need}" in argparser.notes(parse(f"{others} {words(dest)}"))
+
+    assert said(UNMET.get(need, "")) and not said(MET[need])
+
+
+def test_flags_that_need_a_method_are_not_remarked_on_in_its_own_command():
+    assert [note for note in argparser.notes(argparser.parse(LSKD_COMMAND)) if "does nothing" in note] == []
 
 
 # ------------------------------------------------------------------------- fuzz

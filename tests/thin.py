@@ -98,7 +98,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 def options(text: str = "", step: int = 0) -> Namespace:
     """Parsed, checked, and with what `run` resolves for a step."""
-    opts = argparser.parse(shlex.split(f"{SMALL} --task 6-2 {text}"))
+    opts = argparser.parse(shlex.split(f"{SMALL} --task 6-2 --step {step} {text}"))
     argparser.check(opts)
     opts.lr_of_step, opts.threshold_of_step = opts.lr[0], opts.threshold + step * (opts.step_threshold or 0.0)
     return opts

@@ -55,9 +55,14 @@ EXCLUSIVE = (
     (("bce", "nca", "focal_loss", "focal_loss_new"), "the classification loss"),
     (("icarl", "unce", "focal_loss", "focal_loss_new"), "the classification loss"),
     (("icarl", "nca"), "the classification loss"),
+    (("pseudo_soft", "bce", "unce", "focal_loss", "focal_loss_new"), "the classification loss"),
+    (("pseudo_soft", "nca"), "the classification loss"),
+    (("pseudo_soft", "icarl"), "the classification loss"),
+    (("pseudo_soft", "ce_on_pseudo", "ce_on_new"), "the pixels of the cross entropy"),
     (("unkd", "kd_bce_sig", "exkd_gt", "exkd_sum", "icarl"), "the distillation of outputs"),
     (("ce_on_pseudo", "ce_on_new"), "the pixels of the cross entropy"),
-    (("cross_val", "val_on_trainset"), "the validation images"),
+    (("kd_new", "kd_mask"), "the pixels of the distillation"),
+    (("test_on_val", "val_on_trainset"), "the test images"),
 )
 
 #: Options, what they need, and the test of it; a refusal says both.
@@ -75,23 +80,70 @@ NEEDS = (
     ("init_multimodal", "--nb_background_modes above 1", lambda o: o.nb_background_modes > 1),
 )  # fmt: skip
 
-#: Options that do nothing alone: said, not refused, because scripts of the official program carry them.
+#: Options that do nothing without others: said, not refused, because scripts of the official program carry them.
+#: What they need, the test of it, and the options.
 IDLE = (
-    ("unkd", "--loss_kd above 0", lambda o: o.loss_kd > 0),
-    ("kd_bce_sig", "--loss_kd above 0", lambda o: o.loss_kd > 0),
-    ("exkd_gt", "--loss_kd above 0", lambda o: o.loss_kd > 0),
-    ("exkd_sum", "--loss_kd above 0", lambda o: o.loss_kd > 0),
-    ("kd_mask_adaptative_factor", "--kd_mask", lambda o: o.kd_mask is not None),
-    ("classif_adaptive_factor", "--pseudo entropy", lambda o: o.pseudo == "entropy"),
-    ("pseudo_ablation", "--data_masking current+old", lambda o: o.data_masking == "current+old"),
-    ("pod_factor", "--pod", lambda o: o.pod is not None),
-    ("no_pod_schedule", "--pod without --mask_rule", lambda o: o.pod is not None and o.mask_rule is None),
-    ("temperature", "--temperature_apply", lambda o: o.temperature_apply is not None),
-    ("icarl_disjoint", "--icarl", lambda o: o.icarl),
-    ("icarl_bkg", "--icarl --icarl_disjoint", lambda o: o.icarl and o.icarl_disjoint),
-    ("amp_dtype", "--opt_level O1", lambda o: o.opt_level != "O0"),
-    ("reg_importance", "--regularizer", lambda o: o.regularizer is not None),
+    (
+        "--loss_kd above 0",
+        lambda o: o.loss_kd > 0,
+        "unkd kd_bce_sig exkd_gt exkd_sum kd_new kd_mask kd_scheduling temperature_apply",
+    ),
+    ("--kd_mask", lambda o: o.kd_mask is not None, "kd_mask_adaptative_factor"),
+    ("--kd_bce_sig", lambda o: o.kd_bce_sig, "kd_bce_sig_shape"),
+    ("--exkd_gt or --exkd_sum", lambda o: o.exkd_gt or o.exkd_sum, "temperature_semiold"),
+    ("--temperature_apply", lambda o: o.temperature_apply is not None, "temperature"),
+    (
+        "--focal_loss, --focal_loss_new, or --loss_kd without --exkd_*",
+        lambda o: o.focal_loss or o.focal_loss_new or (o.loss_kd > 0 and not (o.exkd_gt or o.exkd_sum)),
+        "alpha",
+    ),
+    ("--focal_loss or --focal_loss_new", lambda o: o.focal_loss or o.focal_loss_new, "focal_loss_gamma"),
+    ("--nca", lambda o: o.nca, "nca_margin"),
+    ("--entropy_min above 0", lambda o: o.entropy_min > 0, "entropy_min_mean_pixels"),
+    ("--icarl", lambda o: o.icarl, "icarl_disjoint"),
+    ("--icarl --icarl_disjoint", lambda o: o.icarl and o.icarl_disjoint, "icarl_bkg"),
+    ("--icarl without --icarl_disjoint", lambda o: o.icarl and not o.icarl_disjoint, "icarl_importance"),
+    ("--regularizer", lambda o: o.regularizer is not None, "reg_importance reg_no_normalize"),
+    ("--regularizer ewc or rw", lambda o: o.regularizer in ("ewc", "rw"), "reg_alpha"),
+    ("--regularizer rw", lambda o: o.regularizer == "rw", "reg_iterations"),
+    ("--pseudo entropy", lambda o: o.pseudo == "entropy", "classif_adaptive_factor"),
+    ("--classif_adaptive_factor", lambda o: o.classif_adaptive_factor, "classif_adaptive_min_factor"),
+    (
+        "--pseudo entropy or median",
+        lambda o: o.pseudo in ("entropy", "median"),
+        "threshold step_threshold pseudo_nb_bins median",
+    ),
+    ("--pseudo_soft", lambda o: o.pseudo_soft is not None, "pseudo_soft_factor soft_loss"),
+    ("--data_masking current+old", lambda o: o.data_masking == "current+old" or o.no_mask, "pseudo_ablation"),
+    ("--data_masking without --no_mask", lambda o: not o.no_mask, "data_masking"),
+    ("--pod", lambda o: o.pod is not None, "pod_factor pod_prepro pod_apply pod_interpolate_last"),
+    ("--pod without --mask_rule", lambda o: o.pod is not None and o.mask_rule is None, "no_pod_schedule"),
+    ("--pod without --pod_logits", lambda o: not o.pod_logits, "pod_large_logits"),
+    ("--pod local or global", lambda o: o.pod in ("local", "global"), "spp_scales"),
+    ("--pod_deeplab_mask", lambda o: o.pod_deeplab_mask, "pod_deeplab_mask_factor deeplab_mask_downscale"),
+    (
+        "--mask_rule (--sigmoid)",
+        lambda o: o.mask_rule is not None,
+        "mcd_factor mcd_groups rge_alpha rge_beta rge_gamma tap_schemes",
+    ),
+    ("--nb_background_modes above 1", lambda o: o.nb_background_modes > 1, "multimodal_fusion"),
+    ("no --init_balanced, which wins", lambda o: not o.init_balanced, "init_multimodal"),
+    ("--lr_policy poly", lambda o: o.lr_policy == "poly", "lr_power"),
+    ("--lr_policy step", lambda o: o.lr_policy == "step", "lr_decay_step lr_decay_factor"),
+    ("--opt_level O1", lambda o: o.opt_level != "O0", "amp_dtype"),
 )
+
+#: A switch that a preset sets has no spelling that would take it back.
+PRESET_REMEDY = ", or give --method FT with the options of your own"
+
+#: Options of later steps alone. A command line with one of them is that of all steps of a script, step 0 included.
+LATER = (
+    *("pod", "loss_kd", "loss_de", "icarl", "unce", "entropy_min", "regularizer"),
+    *("init_balanced", "init_multimodal", "align_weight", "lr_old", "base_weights"),
+)
+
+#: Options of classification and evaluation that speak of background or of new classes, which domains do not have.
+CLASSES_ONLY = ("ce_on_new", "kd_new", "entropy_min", "dont_predict_bg", "align_weight", "sample_weights_new")
 
 
 def check_all(opts: Namespace) -> None:
@@ -103,7 +155,7 @@ def check_all(opts: Namespace) -> None:
     Raises:
         ValueError: the first fault found; names the flag, its value and the remedy.
     """
-    for check in (_numbers, _texts, _pod_options, _combinations, _masks, _domain, _steps, _precision, _paths):
+    for check in (_numbers, _texts, _pod_options, _combinations, _pseudo, _masks, _domain, _steps, _precision, _paths):
         check(opts)
 
 
@@ -120,9 +172,12 @@ def notes(opts: Namespace) -> list[str]:
     if opts.task_preset:
         values = ", ".join(f"{dest}={getattr(opts, dest)!r}" for dest in sorted(opts.task_preset))
         lines.append(f"--method {opts.method} on {opts.dataset} {opts.task} has a preset of its own: {values}")
-    for dest, need, met in IDLE:
-        if dest in opts.explicit and _on(opts, dest) and not met(opts):
-            lines.append(f"--{dest} does nothing here: it needs {need}")
+    lines += [
+        f"--{dest} does nothing here: it needs {need}"
+        for need, met, dests in IDLE
+        for dest in dests.split()
+        if dest in opts.explicit and _on(opts, dest) and not met(opts)
+    ]
     if opts.pseudo is not None and 0 in opts.step:
         lines.append(f"--pseudo {opts.pseudo} does nothing at step 0: there is no earlier model to label with")
     return lines
@@ -207,9 +262,11 @@ def _pod_options(opts: Namespace) -> None:
 
 def _combinations(opts: Namespace) -> None:
     for names, what in EXCLUSIVE:
-        given = [f"--{name}{_origin(opts, name)}" for name in names if _on(opts, name)]
+        given = [name for name in names if _on(opts, name)][:2]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given[:2])} exclude each other, both set {what}; leave one out")
+            shown = " and ".join(f"--{name}{_origin(opts, name)}" for name in given)
+            remedy = "leave one out" + (PRESET_REMEDY if any(_origin(opts, name) for name in given) else "")
+            raise ValueError(f"{shown} exclude each other, both set {what}; {remedy}")
     for dest, need, met in NEEDS:
         if _on(opts, dest) and not met(opts):
             value = getattr(opts, dest)
@@ -226,6 +283,16 @@ def _combinations(opts: Namespace) -> None:
         )
     if opts.no_pretrained and opts.pretrained is not None:
         raise ValueError(f"--no_pretrained and --pretrained {opts.pretrained} exclude each other; leave one out")
+
+
+def _pseudo(opts: Namespace) -> None:
+    """Pseudo-labels are the teacher's: a command line that is about them and step 0 alone asks for nothing."""
+    alone = "pseudo" in opts.explicit and opts.pseudo is not None and set(opts.step) == {0}
+    if alone and not any(_on(opts, dest) for dest in LATER):
+        raise ValueError(
+            f"--pseudo {opts.pseudo} has nothing to label at step 0: there is no earlier model; leave --pseudo out, or "
+            "train later steps too (--step 0 1)"
+        )
 
 
 def _origin(opts: Namespace, dest: str) -> str:
@@ -257,6 +324,17 @@ def _domain(opts: Namespace) -> None:
         raise ValueError(
             f"--pseudo {opts.pseudo}{_origin(opts, 'pseudo')} cannot work on cityscapes_domain: its steps are cities, "
             "every pixel has its true label and all classes are old; use --method FT with --pod and what else you want"
+        )
+    if opts.dataset != "cityscapes_domain":
+        return
+    wrong = [f"--{dest}{_origin(opts, dest)}" for dest in CLASSES_ONLY if _on(opts, dest)]
+    wrong += ["--nb_background_modes"] if opts.nb_background_modes > 1 else []
+    wrong += ["--kd_mask new"] if opts.kd_mask == "new" else []
+    wrong += ["--temperature_apply new"] if opts.temperature_apply == "new" else []
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} cannot work on cityscapes_domain: its steps are cities, it has no background (label 0 is road) "
+            "and no step adds a class; leave it out"
         )
 
 

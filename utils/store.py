@@ -128,6 +128,12 @@ class Store:
                 f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
                 f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
             )
+        base = self.finished(0)
+        if self.opts.base_weights and max(self.opts.step) > 1 and 0 not in self.opts.step and not base.is_file():
+            raise ValueError(
+                f"--base_weights starts from the checkpoint of step 0, but {base} does not exist; train --step 0 under this "
+                "--name and --checkpoint first, or leave --base_weights out"
+            )
 
     def load_tested(self, path: Path) -> dict[str, Any]:
         """A checkpoint of this very step, to be tested.
@@ -162,7 +168,8 @@ class Store:
                     "use the same --task or --task_file for all steps"
                 )
         theirs = state.get("options", {})
-        for dest in NETWORK_OPTIONS + (("overlap",) if step < task.step else ()):
+        fused = ("multimodal_fusion",) if self.opts.nb_background_modes > 1 else ()
+        for dest in NETWORK_OPTIONS + fused + (("overlap",) if step < task.step else ()):
             if dest in theirs and theirs[dest] != getattr(self.opts, dest):
                 raise ValueError(
                     f"{path} was trained with --{dest} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
