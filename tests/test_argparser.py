@@ -100,6 +100,7 @@ def test_plop_on_ade(task):
 
 def test_mib_on_voc_one_by_one():
     assert parse("--method MiB --task 15-5s").loss_kd == 100
+    assert parse("--method MiB --task 15-5s_w").loss_kd == 100  # the same task in another order of classes
     assert parse("--method MiB --task 15-5").loss_kd == 10
     assert any("loss_kd=100" in note for note in argparser.notes(parse("--method MiB --task 15-5s")))
 

@@ -31,6 +31,7 @@ CHECKS = {}
 ELSEWHERE = {
     "local_rank": "test_argparser.py::test_local_rank_in_both_spellings_and_from_the_environment",
     "data_root": "test_dataset.py::test_voc_layout",
+    "dataset": "test_domain.py::test_steps_of_a_method",
     "debug": "test_refusals.py::test_debug_says_where",
     "backbone": "test_network.py::test_other_depths",
     "pooling": "test_network.py::test_pooling_in_evaluation_is_a_sliding_window",
@@ -186,7 +187,7 @@ def test_validation():
     assert 0 in values(usual.test) and 0 not in values(splits("--ignore_test_bg").test)
 
 
-@shows("crop_size", "crop_val", "batch_size", "num_workers", "dataset", "task")
+@shows("crop_size", "crop_val", "batch_size", "num_workers", "task")
 def test_loaders():
     def loaders(words):
         opts = run.argparser.parse(thin.words(Path(), f"--task 6-2 --shapes_train 40 {words}"))
@@ -202,7 +203,6 @@ def test_loaders():
     assert [step.splits.train[0][0].shape[-1] for step in (usual, changed)] == [32, 48]
     assert [step.test_loader.batch_size for step in (usual, changed)] == [2, 1]  # full images come one by one
     assert type(usual.splits.test.transform) is not type(changed.splits.test.transform)
-    assert usual.splits.train.source.title.endswith("of shapes")
     assert loaders("--task 6-4").task.steps == (tuple(range(7)), (7, 8, 9, 10))
 
 

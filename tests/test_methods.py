@@ -9,13 +9,14 @@ from argparse import Namespace
 import pytest
 import thin
 import torch
+from loss_flags import OLD, PSEUDO, Scene
 
 import methods
 import run
 from dataset.tasks import Task
 from methods.ft import Classification
 from train import Trainer
-from utils import loss, pseudo
+from utils import flags, loss, pseudo
 from utils.store import read
 from utils.types import Batch
 
@@ -128,7 +129,12 @@ def test_weights_of_the_terms_go_from_step_to_step(finished, tmp_path, monkeypat
 
 @pytest.mark.parametrize("method", REGULARISED)
 def test_importance_is_carried_over_all_steps(method, finished):
-    states = [read(checkpoint(finished(method), step)) for step in range(3)]
+    assert_carried(method, finished(method))
+
+
+def assert_carried(method, folder):
+    """Each checkpoint has the importance of all steps so far, that of the step's own classifier included."""
+    states = [read(checkpoint(folder, step)) for step in range(3)]
     for kind in REGULARISED[method]:
         for step in (1, 2):
             before, after = (states[i]["trainer_state"]["regularizer"][kind] for i in (step - 1, step))
@@ -158,13 +164,17 @@ def test_regulariser_after_a_step_without_says_so_and_works(finished, tmp_path, 
 
 # -------------------------------------------------------------------- two processes
 
-JOINED = "--task 6-2 --method LSKD --norm_act iabn_sync --lr 0.001"
+#: By name, what two processes and one with twice the batch must both learn in step 1.
+JOINED = {
+    "joined": "--task 6-2 --method LSKD --norm_act iabn_sync --lr 0.001",
+    "measured": "--task 6-2 --method EWC --norm_act iabn_sync --lr 0.001",
+}
 #: What the two processes run: every method, flags that touch the parameters besides the loss, and a run that one process repeats.
 COMMANDS = {method: f"{TASK.get(method, EVERY_STEP)} --method {method}" for method in TERMS} | {
     "fixed": f"{EVERY_STEP} --fix_bn",
     "modes": f"{EVERY_STEP} --nb_background_modes 3 --init_multimodal softmax_init",
     "aligned": f"{EVERY_STEP} --align_weight all --align_weight_frequency epoch",
-    "joined": f"{JOINED} --step 0 1",
+    **{name: f"{words} --step 0 1" for name, words in JOINED.items()},
 }
 
 
@@ -226,7 +236,8 @@ def assert_the_same(name, mine, theirs):
         assert torch.equal(mine[key], theirs[key]), (name, key)
         assert mine[key].isfinite().all(), (name, key)
     kinds = {key.split("/")[0] for key in mine} - {"model", "weights"}
-    assert kinds == {*REGULARISED.get(name, []), *(["thresholds"] if name in ("PLOP", "LSKD", "joined") else [])}
+    measured = REGULARISED.get("EWC" if name == "measured" else name, [])
+    assert kinds == {*measured, *(["thresholds"] if name in ("PLOP", "LSKD", "joined") else [])}
 
 
 def test_two_processes_learn_the_same_and_balance_as_one(tmp_path, monkeypatch):
@@ -236,19 +247,26 @@ def test_two_processes_learn_the_same_and_balance_as_one(tmp_path, monkeypatch):
     for name in COMMANDS:
         steps = len(found[0][name])
         assert [row[0] for row in thin.rows(tmp_path / name)] == [str(step) for step in range(steps)], name
-        assert steps == len(found[1][name]) == (1 if name == "Joint" else 2 if name == "joined" else 3)
+        assert steps == len(found[1][name]) == (1 if name == "Joint" else 2 if name in JOINED else 3)
         assert_the_same(name, found[0][name][-1], found[1][name][-1])
+    for method in REGULARISED:
+        assert_carried(method, tmp_path / method)
 
     monkeypatch.setattr(run, "Trainer", Remembered)
-    base = f"--step 1 --step_ckpt '{checkpoint(tmp_path / 'joined', 0)}'"
-    assert thin.launch(tmp_path / "one", f"{JOINED} {base} --shapes_train 24 --batch_size 4") == 0
-    (one,), two = learned(), found[0]["joined"][1]
-    torch.testing.assert_close(two["thresholds"], one["thresholds"], rtol=0, atol=1e-6)
-    moved = (one["weights"] - 1).abs().max()
-    assert moved > 0
-    assert (two["weights"] - one["weights"]).abs().max() < 0.02 * moved
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    for name, words in JOINED.items():
+        base = f"--step 1 --step_ckpt '{checkpoint(tmp_path / name, 0)}'"
+        assert thin.launch(tmp_path / f"{name} alone", f"{words} {base} --shapes_train 24 --batch_size 4") == 0
+        (one,), two = learned(), found[0][name][1]
+        assert one.keys() == two.keys()
+        for key in one:
+            relative, absolute = (0, 1e-6) if key == "thresholds" else (1e-3, 1e-4)
+            torch.testing.assert_close(two[key], one[key], rtol=relative, atol=absolute)
+        if name == "joined":
+            moved = (one["weights"] - 1).abs().max()
+            assert moved > 0 and (two["weights"] - one["weights"]).abs().max() < 0.02 * moved
+        else:
+            for key in (key for key in one if key.startswith("fisher/")):
+                assert (two[key] - one[key]).abs().max() < 0.01 * one[key].max(), key
 
 
 # ------------------------------------------------------------------- what is printed
@@ -274,7 +292,24 @@ def test_presets_are_printed_and_those_of_a_task_marked(tmp_path, capsys):
     assert "loss_kd=10.0" in printed and "preset of its own" not in printed
 
 
+def test_flags_without_effect_are_said_once(tmp_path, capsys):
+    words = "--num_classes 3 --code_directory x --fusion-mode max --yess 2 --pooling_without_zero"
+    assert thin.launch(tmp_path, f"--task 6-2 --step 0 1 {words}") == 0
+    printed = capsys.readouterr().out
+    for flag, status in flags.FLAGS.items():
+        assert printed.count(f"note: --{flag} has no effect in the official program either: ") == (status != flags.LIVE)
+
+
 # ---------------------------------------------------------------------- by hand
+
+
+def test_soft_pseudo_labels_can_be_mended():
+    words = f"{PSEUDO} --pseudo_soft soft_certain --pseudo_soft_factor 0.5 --soft_loss"
+    scene, released = Scene(f"{words} mended"), Scene(f"{words} released")
+    hard = loss.cross_entropy(scene.S, scene.truth)
+    soft = -0.5 * (scene.T.softmax(1) * scene.S[:, :OLD].log_softmax(1)).sum(1)
+    torch.testing.assert_close(scene.terms["ce"], torch.where(scene.truth >= OLD, hard, soft).mean().detach())
+    assert scene.terms["ce"] > 0 > released.terms["ce"]  # the released one falls without end
 
 
 def test_exact_median_differs_from_the_released(monkeypatch):

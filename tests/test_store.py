@@ -98,6 +98,26 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, step, other, expected
     assert expected in text and "6-2-shapes_n_0.pth" in text
 
 
+def test_another_fusion_of_background_modes_is_refused(tmp_path):
+    """It has no weights, but the same weights give other logits; with one mode there is nothing to fuse."""
+    make(tmp_path, 0, "--nb_background_modes 2 --multimodal_fusion max").save_finished(STATE, None)
+    assert "--multimodal_fusion max, this run has sum" in refusal(
+        make(tmp_path, 1, "--nb_background_modes 2").load_previous
+    )
+    make(tmp_path, 0, "--multimodal_fusion max").save_finished(STATE, None)
+    make(tmp_path, 1).load_previous()
+
+
+def test_base_weights_need_step_0_before_anything_is_trained(tmp_path):
+    (tmp_path / "other.pth").write_bytes(b"")
+    text = f"--step_ckpt '{tmp_path}/other.pth' --base_weights --step"
+    said = refusal(make(tmp_path, 1, f"{text} 1 2").require_previous)
+    assert "--base_weights" in said and "6-2-shapes_n_0.pth does not exist; train --step 0" in said
+    make(tmp_path, 1, f"{text} 1").require_previous()  # step 1 starts from step 0 anyway
+    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path, 1, f"{text} 1 2").require_previous()
+
+
 def test_another_overlap_setting_is_refused(tmp_path):
     make(tmp_path).save_finished(STATE, None)
     disjoint = make(tmp_path, 1)
