@@ -131,9 +131,9 @@ def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
     method = methods.METHODS.get(given.get("method"))
     if method is None:
         return {}, set()
-    task = given.get("task", method.preset.get("task", defaults["task"]))
+    task = None if "task_file" in given else given.get("task", method.preset.get("task", defaults["task"]))
     dataset = given.get("dataset", defaults["dataset"])
-    peculiar = method.task_presets.get((dataset, task), {}) if "task_file" not in given else {}
+    peculiar = method.task_presets.get((dataset, task), {})
     return {**method.preset, **peculiar}, set(peculiar)
 
 

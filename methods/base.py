@@ -96,8 +96,8 @@ class Method:
     year: ClassVar[int] = 0
     #: Options it sets unless the user gives them.
     preset: ClassVar[dict[str, Any]] = {}
-    #: Further options for one (data set, task) pair, where the paper needs them.
-    task_presets: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {}
+    #: Further options for one (data set, task) pair, where the paper needs them; task None stands for any --task_file.
+    task_presets: ClassVar[dict[tuple[str, str | None], dict[str, Any]]] = {}
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:

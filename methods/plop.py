@@ -159,7 +159,7 @@ class PLOP(Method):
     year = 2021
     preset = PLOP_PRESET
     # Smaller factors on ADE; on Cityscapes domains every pixel has its label, so there is nothing to pseudo-label.
-    task_presets = {("ade", task): _factors(0.001, 1e-5) for task in ("100-50", "100-10", "100-5", "50")} | {
+    task_presets = {("ade", task): _factors(0.001, 1e-5) for task in ("100-50", "100-10", "100-5", "50", None)} | {
         ("cityscapes_domain", task): _factors(1e-4, factor) | {"pseudo": None, "classif_adaptive_factor": False}
-        for task, factor in (("offline", 1e-4), ("11-5", 1e-4), ("11-1", 1e-4), ("1-1", 1e-3))
+        for task, factor in (("offline", 1e-4), ("11-5", 1e-4), ("11-1", 1e-4), ("1-1", 1e-3), (None, 1e-4))
     }

@@ -98,6 +98,16 @@ def test_plop_on_ade(task):
     assert opts.pseudo == "entropy"
 
 
+@pytest.mark.parametrize("task", ["--task 11-5", "--task 1-1", "--task_file mine.json"])
+def test_plop_on_cities(task):
+    opts = parse(f"--method PLOP --dataset cityscapes_domain {task}")
+    assert opts.pseudo is None and opts.pod_factor == 1e-4 and {"pseudo", "pod_factor"} <= opts.task_preset
+    assert opts.pod_options["switch"]["after"]["factor"] == (1e-3 if "1-1" in task.split() else 1e-4)
+    assert any(
+        f"on cityscapes_domain {task.split()[1]} has a preset of its own" in note for note in argparser.notes(opts)
+    )
+
+
 def test_mib_on_voc_one_by_one():
     assert parse("--method MiB --task 15-5s").loss_kd == 100
     assert parse("--method MiB --task 15-5s_w").loss_kd == 100  # the same task in another order of classes

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import thin
+import torch
 from tiny_folder import save_image, save_mask
 
 import dataset
@@ -48,6 +49,15 @@ def cities(tmp_path_factory):
 
 def words(cities, text):
     return f"--dataset cityscapes_domain --data_root '{cities}' --task 11-5 {text}"
+
+
+def test_balanced_initialisation_leaves_the_classifier_alone(cities, tmp_path):
+    """No class is added: a step that moves nothing ends where the step before it ended."""
+    still = "--method PLOP --lr 1e-30 --weight_decay 0 --fix_bn"
+    (tmp_path / "mine.json").write_text('{"name": "mine", "steps": [[0, 3], [1, 2]]}')
+    assert thin.launch(tmp_path, words(cities, f"--step 0 1 {still} --task_file '{tmp_path}/mine.json'")) == 0
+    states = [read(tmp_path / "checkpoints" / f"mine-cityscapes_domain_n_{step}.pth")["model_state"] for step in (0, 1)]
+    assert torch.equal(*(state["cls.0.weight"] for state in states))
 
 
 def test_every_method_is_run():

@@ -357,6 +357,20 @@ def test_background_of_domains_hides_no_class(words):
     torch.testing.assert_close(value, loss.cross_entropy(logits, labels).mean())
 
 
+@pytest.mark.parametrize(
+    ("words", "criterion"), [("", loss.nca), ("--unce", lambda *args, **rest: loss.unbiased_nca(*args, OLD, **rest))]
+)
+def test_margin_of_nca_is_one_of_cosines(words, criterion):
+    """The logits are cosines times the classifier's learnt scale, so the margin is scaled alike."""
+    step = thin.Step(f"--cosine --nca --nca_margin 0.5 {words}")
+    with torch.no_grad():
+        step.model.cls.scalar.fill_(3.0)
+    images, labels = thin.images(2), thin.bands(0, 1, 3, 4, 5, 255)
+    batch = step.batch(images, labels)
+    expected = criterion(batch.student.logits, labels, margin=1.5).mean()
+    torch.testing.assert_close(step.method.terms(batch)["ce"], expected)
+
+
 def test_balanced_initialisation_wins_over_that_from_modes():
     """Both at once would lower the background twice."""
     kinds = [

@@ -171,7 +171,9 @@ def notes(opts: Namespace) -> list[str]:
     lines = flags.no_effect(opts.explicit)
     if opts.task_preset:
         values = ", ".join(f"{dest}={getattr(opts, dest)!r}" for dest in sorted(opts.task_preset))
-        lines.append(f"--method {opts.method} on {opts.dataset} {opts.task} has a preset of its own: {values}")
+        lines.append(
+            f"--method {opts.method} on {opts.dataset} {opts.task_file or opts.task} has a preset of its own: {values}"
+        )
     lines += [
         f"--{dest} does nothing here: it needs {need}"
         for need, met, dests in IDLE
