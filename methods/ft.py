@@ -153,5 +153,5 @@ class FT(Method):
     """Fine-tuning: no preset. The official scripts spell PLOP and LSKD as FT plus their flags."""
 
     name = "FT"
-    paper = "fine-tuning, the lower bound of every table since MiB's"
+    paper = "fine-tuning, the lower bound, as in MiB"
     year = 2020

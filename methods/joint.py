@@ -9,6 +9,6 @@ class Joint(Method):
     """Fine-tuning on the task that learns everything in one step."""
 
     name = "Joint"
-    paper = "joint training, the upper bound of every table since MiB's"
+    paper = "joint training, the upper bound, as in MiB"
     year = 2020
     preset = {"task": "offline"}

@@ -371,6 +371,16 @@ def test_margin_of_nca_is_one_of_cosines(words, criterion):
     torch.testing.assert_close(step.method.terms(batch)["ce"], expected)
 
 
+def test_icarl_classifies_by_sigmoids():
+    scene = Scene("--icarl")
+    torch.testing.assert_close(scene.terms["ce"], loss.binary_cross_entropy(scene.S, scene.y).mean().detach())
+
+
+def test_adaptive_factor_is_for_entropy_alone():
+    words = "--pseudo median --threshold 0.9"
+    assert torch.equal(Scene(f"{words} --classif_adaptive_factor").terms["ce"], Scene(words).terms["ce"])
+
+
 def test_balanced_initialisation_wins_over_that_from_modes():
     """Both at once would lower the background twice."""
     kinds = [
