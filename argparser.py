@@ -410,6 +410,7 @@ def _lskd(parser: argparse.ArgumentParser) -> None:
     add("--dis", "--mask_distance", dest="mask_distance", default=None, choices=distances, help="distance of the masks")
     rules = ["old", "newnone", "none", "gt", "whc"]
     add("--sigmoid", "--mask_rule", dest="mask_rule", default=None, choices=rules, help="how distances become masks")
+    add("--channel_rule", default="released", choices=["released", "mended"], help="inequalities of whc's channel mask")
     for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
         names = (f"--adaptive{letter}", f"--rge_{letter}")
         add(*names, dest=f"rge_{letter}", type=float, default=0.5, help=f"gradient equilibrium: {what}")

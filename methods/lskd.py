@@ -87,9 +87,8 @@ class LayerSpecificDistillation(Part):
         views = tuple(view[index] for view in batch.teacher_views.values()) or None
         rule, distance = self.opts.mask_rule, self.opts.mask_distance
         features = batch.teacher.features[index]
-        return masks.tap_mask(
-            features, views, batch.labels, self.task.num_old, rule, distance, spatial_only=tap == "logits"
-        )
+        channels = None if tap == "logits" else self.opts.channel_rule
+        return masks.tap_mask(features, views, batch.labels, self.task.num_old, rule, distance, channels)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Named terms of all taps: mcd, pod/stage1, …, md/logits."""

@@ -111,9 +111,9 @@ def lskd_feature_distillation(arrays: Arrays, meta: Meta) -> Arrays:
     erased = list(zip(_series(arrays, "in_teacher_old_masked"), _series(arrays, "in_teacher_new_masked"), strict=True))
     kept: list[Tensor | None] = [None, None]  # the first two stages are not masked
     for tap in range(2, 6):
-        spatial_only = tap == 5
+        channels = None if tap == 5 else "released"
         mask = masks.tap_mask(
-            teachers[tap], erased[tap], labels, num_old, meta["sigmoid"], meta["dis"], spatial_only=spatial_only
+            teachers[tap], erased[tap], labels, num_old, meta["sigmoid"], meta["dis"], channels=channels
         )
         kept.append(mask)
     layers = torch.stack(loss.pod_terms(teachers, students, _pod_options(meta), kept))

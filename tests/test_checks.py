@@ -269,6 +269,7 @@ MET = {
     "--pod local or global": "--pod global",
     "--pod_deeplab_mask": "--pod_deeplab_mask",
     "--mask_rule (--sigmoid)": "--mask_rule gt",
+    "--mask_rule whc": "--mask_rule whc --mask_distance cos",
     "--nb_background_modes above 1": "--nb_background_modes 2",
     "no --init_balanced, which wins": "",
     "--lr_policy poly": "",

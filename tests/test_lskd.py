@@ -214,6 +214,16 @@ def test_any_number_of_groups(groups):
     assert assert_finite(step, thin.images(2), thin.bands(0, 4, 5, 255))["mcd"] > 0
 
 
+def test_the_mended_channel_rule_is_an_option():
+    """It changes the masked terms of taps with channels, and no other."""
+    images, labels = thin.images(2), thin.bands(0, 4, 5, 255)
+    released, mended = (
+        thin.Step(f"--method LSKD --channel_rule {rule}").terms(images, labels) for rule in ("released", "mended")
+    )
+    changed = {name for name in released if not torch.equal(released[name], mended[name])}
+    assert {"md/stage3", "md/stage4"} <= changed <= {"mcd", "md/stage3", "md/stage4", "md/pre_logits"}
+
+
 @pytest.mark.parametrize("median", ["released", "exact"])
 def test_thresholds_of_a_step_without_background(median):
     """Classes that are never predicted have median 0, and the threshold is then --threshold."""

@@ -65,7 +65,7 @@ class TestByHand:
 
     def mask(self, rule: str, old: int, new: int, ignored: int = 0, distance: str = "cos") -> list[int]:
         labels, erased = labels_with_shares(old, new, ignored), (self.without_old, self.without_new)
-        found = masks.tap_mask(self.whole, erased, labels, 2, rule, distance, spatial_only=True)
+        found = masks.tap_mask(self.whole, erased, labels, 2, rule, distance, channels=None)
         assert found.shape == (1, 1, 1, 4)
         return found.int().flatten().tolist()
 
@@ -110,6 +110,14 @@ class TestByHand:
         # d_o ≥ Q(¼) = 0.5: channels 1, 2; d_n ≤ Q(½) = 1: channels 1, 2
         assert kept.amax((2, 3)).tolist() == [[0, 1, 1]]
 
+    def test_channels_by_the_rule_of_distances(self):
+        whole = torch.full((1, 3, 2, 2), 2.0)
+        without_old = torch.tensor([2.0, 3.0, 5.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+        erased, labels = (without_old, without_old.flip(1)), labels_with_shares(3, 1, 0)
+        kept = masks.tap_mask(whole, erased, labels, 2, "whc", "cos", channels="mended")
+        # d_o = 0, 1, 3 ≤ Q(¼) = 0.5: channel 0; d_n = 3, 1, 0 ≥ Q(¾) = 2: channel 0
+        assert kept.amax((2, 3)).tolist() == [[1, 0, 0]]
+
     def test_ground_truth_is_soft_between_pixels(self):
         labels = torch.tensor([[[0, 2], [2, IGNORE]]])
         full_size = masks.tap_mask(torch.zeros(1, 3, 2, 2), None, labels, 2, "gt")
@@ -135,11 +143,11 @@ def test_images_do_not_mix():
             torch.testing.assert_close(together[one], alone)
 
 
-def test_spatial_only_leaves_the_channel_mask_out():
+def test_without_channels_leaves_the_channel_mask_out():
     whole, erased = views(2, 6, 5, 5)
     labels = torch.randint(0, 4, (2, 9, 9), generator=torch.Generator().manual_seed(0))
     full = masks.tap_mask(whole, erased, labels, 2, "whc", "cos")
-    spatial = masks.tap_mask(whole, erased, labels, 2, "whc", "cos", spatial_only=True)
+    spatial = masks.tap_mask(whole, erased, labels, 2, "whc", "cos", channels=None)
     assert full.shape == (2, 6, 5, 5)
     assert spatial.shape == (2, 1, 5, 5)
     kept_channels = full.amax((2, 3), keepdim=True)

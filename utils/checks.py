@@ -126,6 +126,7 @@ IDLE = (
         lambda o: o.mask_rule is not None,
         "mcd_factor mcd_groups rge_alpha rge_beta rge_gamma tap_schemes",
     ),
+    ("--mask_rule whc", lambda o: o.mask_rule == "whc", "channel_rule"),
     ("--nb_background_modes above 1", lambda o: o.nb_background_modes > 1, "multimodal_fusion"),
     ("no --init_balanced, which wins", lambda o: not o.init_balanced, "init_multimodal"),
     ("--lr_policy poly", lambda o: o.lr_policy == "poly", "lr_power"),

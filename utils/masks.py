@@ -22,6 +22,8 @@ from utils.types import IGNORE
 DISTANCES = ("L1_mean", "mean_L1", "L2", "cos")
 #: `--sigmoid`: how the two comparisons become a mask.
 RULES = ("old", "newnone", "none", "gt", "whc")
+#: `--channel_rule`: which way round the channel mask of `whc` compares.
+CHANNEL_RULES = ("released", "mended")
 
 
 def old_pixels(labels: Tensor, num_old: int) -> Tensor:
@@ -151,20 +153,34 @@ def spatial_mask(
     return kept.unflatten(1, features.shape[-2:])[:, None]  # (B, 1, h, w)
 
 
-def channel_mask(features: Tensor, erased: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor]) -> Tensor:
+def channel_mask(
+    features: Tensor, erased: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], rule: str = "released"
+) -> Tensor:
     """Which channels of a tap are kept (`whc`).
 
     d_o, d_n are the absolute changes of each channel's mean over positions; kept are [d_o ≥ Q(d_o, r_o)] or
     [d_n ≤ Q(d_n, r_n)]: the inequalities of the cosine rule, though these are distances (so released, likely a slip).
 
+    Args:
+        features: (B, c, h, w).
+        erased: taps of the views without old and without new pixels.
+        shares: (B,) r_o and r_n.
+        rule: `released`, or `mended`: the rule of distances, [d_o ≤ Q(d_o, r_n)] or [d_n ≥ Q(d_n, r_o)], which agrees with the
+            spatial mask.
+
     Returns:
         (B, c, 1, 1) bool.
     """
+    assert rule in CHANNEL_RULES, rule
     share_old, share_new = shares
     whole = features.mean((2, 3))  # (B, c)
     change_old, change_new = ((view.mean((2, 3)) - whole).abs() for view in erased)
-    kept = change_old >= batch_quantile(change_old, share_old)
-    kept |= change_new <= batch_quantile(change_new, share_new)
+    if rule == "mended":
+        kept = change_old <= batch_quantile(change_old, share_new)
+        kept |= change_new >= batch_quantile(change_new, share_old)
+    else:
+        kept = change_old >= batch_quantile(change_old, share_old)
+        kept |= change_new <= batch_quantile(change_new, share_new)
     return kept[:, :, None, None]
 
 
@@ -186,7 +202,7 @@ def tap_mask(
     num_old: int,
     rule: str,
     distance: str | None = None,
-    spatial_only: bool = False,
+    channels: str | None = "released",
 ) -> Tensor:
     """The mask M of one tap; the teacher's and the student's features are both multiplied by it.
 
@@ -197,7 +213,7 @@ def tap_mask(
         num_old: number of old classes, background included.
         rule: `--sigmoid`, one of `RULES`; `whc` multiplies the spatial by the channel mask, the others are spatial.
         distance: `--dis`, one of `DISTANCES`; unused under `gt`.
-        spatial_only: leaves the channel mask out, as on the small logits, whose channels are classes.
+        channels: rule of `channel_mask`; None leaves it out, as on the small logits, whose channels are classes.
 
     Returns:
         (B, 1 or c, h, w) in the dtype of the (widened) tap, values 0 and 1, in between only under `gt`.
@@ -214,6 +230,6 @@ def tap_mask(
         pixels(labels, num_old).to(teacher.dtype).mean((1, 2)) for pixels in (old_pixels, new_pixels)
     )  # each (B,)
     mask = spatial_mask(teacher, erased, shares, rule, distance)
-    if rule == "whc" and not spatial_only:
-        mask = mask & channel_mask(teacher, erased, shares)
+    if rule == "whc" and channels is not None:
+        mask = mask & channel_mask(teacher, erased, shares, channels)
     return mask.to(teacher.dtype)
