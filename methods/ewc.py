@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from utils import distributed
+from utils import distributed, structure
 from utils.regularizer import REGULARIZERS
 
 
@@ -57,6 +57,7 @@ class WeightPenalty(Part):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an interrupted measurement."""
+        structure.require_fit(self.state_dict(), state, f"state/method/{self.state_key}")
         self.regularizer.load_state_dict(state)
 
 

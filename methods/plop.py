@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dataset.tasks import Task
 from methods.base import Method, Part
 from methods.ft import growth
-from utils import distributed, loss, pseudo
+from utils import distributed, loss, pseudo, structure
 from utils.pod_options import PodOptions, TapOptions
 from utils.types import Batch
 
@@ -79,7 +79,10 @@ class PseudoLabels(Part):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the thresholds."""
-        self.thresholds = state["thresholds"]
+        measured = self.mode in pseudo.MEASURES
+        mine = {"thresholds": torch.zeros(self.task.num_total, dtype=torch.float64) if measured else None}
+        structure.require_fit(mine, state, f"state/method/{self.state_key}")
+        self.thresholds = state["thresholds"] if measured else None
 
 
 def pod_options(opts: Namespace) -> PodOptions:

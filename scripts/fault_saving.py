@@ -34,6 +34,10 @@ from utils import checkpoint, results  # noqa: E402
 STEP0 = ("--step", "0", "--num_workers", "0", "--ckpt_minutes", "0", "--method", "FT", "--epochs", "3")
 STEP1 = ("--step", "1", "--num_workers", "0", "--ckpt_minutes", "0", "--method", "FT", "--dry_run")
 
+#: The same with a method that hands on importances, trained: whatever a file holds is used.
+MEASURED0 = (*STEP0, "--method", "RW", "--reg_iterations", "2")
+MEASURED1 = (*MEASURED0, "--step", "1", "--epochs", "1")
+
 
 def write_data_set(folder: Path, train: int = 20, val: int = 4) -> Path:
     """A data set of drawn scenes on disk, with a task file; returns its folder."""
@@ -296,9 +300,9 @@ def damaged_previous(folder: Path, finished: Path, rng: random.Random, flips: in
     return cases
 
 
-def interrupt(folder: Path) -> list[str]:
+def interrupt(folder: Path, options: tuple[str, ...] = STEP0) -> list[str]:
     """Leave an interrupted run after its second saved state; returns its command line."""
-    argv = words(folder, *STEP0)
+    argv = words(folder, *options)
     with failing(checkpoint, 3, 100, errno.EIO):
         execute(argv)
     return argv
@@ -326,7 +330,20 @@ def damaged_state(folder: Path, expected: dict[str, str], rng: random.Random, cu
 
 def craft(state: dict[str, Any], rng: random.Random) -> str:
     """Drop an entry of a nested dictionary or replace it by a value of another kind, in place; says what was done."""
-    values = (None, 3, -1.5, "x", [], {}, [1, 2], {"a": 1}, torch.zeros(2), torch.zeros(0), True)
+    values = (
+        None,
+        3,
+        -1.5,
+        "x",
+        [],
+        {},
+        [1, 2],
+        {"a": 1},
+        torch.zeros(2),
+        torch.zeros(0),
+        torch.tensor(float("nan")),
+        True,
+    )
     spot, key = state, rng.choice(sorted(state))
     while isinstance(spot[key], dict) and spot[key] and rng.random() < 0.6:
         spot[key] = dict(spot[key])
@@ -338,19 +355,28 @@ def craft(state: dict[str, Any], rng: random.Random) -> str:
     return f"{key} = {spot[key]!r:.30}"
 
 
-def crafted(folder: Path, finished: Path, rng: random.Random, number: int) -> list[dict[str, Any]]:
+def crafted(folder: Path, rng: random.Random, number: int) -> list[dict[str, Any]]:
     """Files that load, but hold what nobody expects: refused with a sentence, or harmless."""
-    interrupt(folder)
+    argv, cases = interrupt(folder, MEASURED0), []
     (unfinished,) = (folder / "checkpoint").glob("*.resume.pth")
-    resumed, cases = (*STEP0, "--resume"), []
-    ways = {folder / "checkpoint" / finished.name: (STEP1, (*STEP0, "--test")), unfinished: (resumed,)}
-    states = [checkpoint.load(finished) | {"optimizer_state": {}}, checkpoint.load(unfinished)]
+    states = [checkpoint.load(unfinished)]
+    execute([*argv, "--resume"])
+    (finished,) = (folder / "checkpoint").glob("*_0.pth")
+    states.append(checkpoint.load(finished) | {"optimizer_state": {}})
+    # the command lines that read a file, and which entry of it every second case spoils
+    ways = {
+        unfinished: (((*MEASURED0, "--resume"),), "state"),
+        finished: ((MEASURED1, (*MEASURED0, "--test")), "trainer_state"),
+    }
     for case in range(number):
-        for (path, commands), state in zip(ways.items(), states):
+        for (path, (commands, inner)), state in zip(ways.items(), states):
             for file in (folder / "checkpoint").glob("*.pth"):
                 file.unlink()
-            changed = dict(state)
-            name = craft(changed, rng)
+            changed, part = dict(state), {inner: state[inner]}
+            name = craft(part if case % 2 else changed, rng)
+            if case % 2:
+                del changed[inner]
+                changed |= part
             checkpoint.save(path, changed)
             told = []
             for more in commands:
@@ -386,4 +412,4 @@ def study(folder: Path, seed: int, flips: int = 30, crafts: int = 20) -> list[di
         print(f"  {what.__name__}: {len(cases)} faults so far", flush=True)
     cases += damaged_previous(folder / "previous", finished, rng, flips)
     cases += damaged_state(folder / "state", expected, rng)
-    return cases + crafted(folder / "crafted", finished, rng, crafts)
+    return cases + crafted(folder / "crafted", rng, crafts)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -198,6 +199,52 @@ def test_code_is_not_run(tmp_path, monkeypatch, legacy):
 def test_objects_are_refused(tmp_path):
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "a.pth")
     assert "Python objects" in refused(tmp_path / "a.pth")
+
+
+def in_itself():
+    loop = []
+    loop.append(loop)
+    return loop
+
+
+def laughs():
+    """A list of ten lists of ten lists …: 10^40 items in a file of a kilobyte."""
+    inner = [1]
+    for _ in range(40):
+        inner = [inner] * 10
+    return inner
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.eye(3).to_sparse(), "not plain"),
+        (torch.empty(3, device="meta"), "not plain"),
+        (torch.ones(3, dtype=torch.complex64).conj(), "not plain"),
+        (torch.zeros(1).expand(10**12), "larger than the file"),
+        (in_itself(), "beyond measure"),
+        (laughs(), "beyond measure"),
+    ],
+)
+def test_content_that_would_stop_or_exhaust_the_program_is_refused(tmp_path, value, said, own, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_ITEMS", 10_000)
+    mark = {checkpoint.CHECKSUM: "0" * 64} if own else {}
+    torch.save({"model_state": {"a": value}, **mark}, tmp_path / "a.pth")
+    assert said in refused(tmp_path / "a.pth")
+
+
+def test_a_packed_bomb_is_refused_unread(tmp_path, monkeypatch):
+    torch.save({"model_state": {"a": torch.zeros(1_000_000)}}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for record in plain.namelist():
+            bomb.writestr(record, plain.read(record))
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    monkeypatch.setattr(torch, "load", None)
+    assert "unpack to more than its size" in refused(tmp_path / "bomb.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -85,9 +85,9 @@ def test_the_state_before_a_damaged_one_is_continued(calm, tmp_path):
         assert wrong(fault_saving.damaged_state(tmp_path / "state", calm[1], random.Random(0), cuts=2)) == []
 
 
-def test_crafted_checkpoints_are_refused_or_harmless(calm, tmp_path):
+def test_crafted_checkpoints_are_refused_or_harmless(tmp_path):
     with thin.program():
-        assert wrong(fault_saving.crafted(tmp_path / "crafted", finished(calm), random.Random(0), 10)) == []
+        assert wrong(fault_saving.crafted(tmp_path / "crafted", random.Random(0), 10)) == []
 
 
 def test_a_worker_that_is_ended_by_the_system_is_said(tmp_path, monkeypatch):

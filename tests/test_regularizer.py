@@ -234,6 +234,48 @@ def test_missing_importance_is_known(name, importance, absent):
     assert make(name, Toy(), {}).absent == []  # step 0 has no earlier one
 
 
+def spoil(previous, *keys_and_value):
+    *keys, last, value = keys_and_value
+    spot = previous
+    for key in keys:
+        spot = spot[key]
+    spot[last] = value
+    return previous
+
+
+FISHER = ("trainer_state", "regularizer", "fisher")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        (("trainer_state", [1]), "trainer_state is a list"),
+        (("trainer_state", "regularizer", "x"), "regularizer is a str"),
+        ((*FISHER, 3), "fisher is no dictionary"),
+        ((*FISHER, {1: torch.ones(2)}), "fisher is no dictionary of parameter names"),
+        ((*FISHER, "module.weight", torch.ones(3)), "fisher of weight has not the shape"),
+        ((*FISHER, "module.weight", 1.0), "fisher of weight has not the shape"),
+        ((*FISHER, "module.other", torch.ones(2)), "fisher of other has not the shape"),
+        ((*FISHER, "module.weight", torch.ones(2, dtype=torch.int64)), "not of finite numbers"),
+        ((*FISHER, "module.weight", torch.tensor([1.0, float("nan")])), "not of finite numbers"),
+        (("model_state", {}), "fisher of weight has not the shape"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ewc", "rw"])
+def test_importance_that_does_not_fit_its_weights_is_refused(name, spoilt, said):
+    previous = spoil(checkpoint(**{kind: [0.25, 0.5] for kind in KINDS[name]}) | {"file": "a.pth"}, *spoilt)
+    with pytest.raises(
+        ValueError, match=r"^--regularizer: a.pth has no usable importance \(.*\); train that step again"
+    ) as error:
+        make(name, Toy(), previous)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [{}, {"trainer_state": None}, {"trainer_state": {"regularizer": None}}])
+def test_checkpoints_without_importance_are_taken(empty):
+    assert make("ewc", Toy(), {"model_state": {}} | empty).absent == ["fisher"]
+
+
 # -------------------------------------------------------------------------- method
 
 
@@ -262,6 +304,27 @@ def test_penalty_is_added_after_the_measurement():
         torch.testing.assert_close(parameter.grad, plain[name] + 2 * weight * moved)
         expected += torch.as_tensor(weight * moved * moved).sum()
     torch.testing.assert_close(value, expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("path", "module.none"), None),
+        (("fisher",), 3),
+        (("fisher", "module.cls.0.bias"), torch.ones(1)),
+        (("path", "cls.0.bias"), torch.ones(1)),
+        (("before", "cls.0.bias"), "x"),
+        (("iterations",), "x"),
+        (("iterations",), torch.ones(1)),
+    ],
+)
+def test_an_interrupted_measurement_that_does_not_fit_is_refused(keys, value):
+    step = thin.Step("--method RW", steps=((0, 1, 2),))
+    state = step.method.state_dict()
+    step.method.load_state_dict(state)
+    spoil(state["regularizer"], *keys, value)
+    with pytest.raises(ValueError, match=r"^--resume: state/method/regularizer.* start anew without it$"):
+        step.method.load_state_dict(state)
 
 
 def test_a_step_without_earlier_importance_says_so(capsys):

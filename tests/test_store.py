@@ -149,6 +149,12 @@ def test_another_order_of_classes_is_refused(tmp_path):
         {"model_state": {}, "task": 3},
         {"model_state": {}, "task": {"name": "6-2"}},
         {"model_state": {}, "options": []},
+        {"model_state": {}, "options": {1: 2}},
+        {"model_state": {}, "options": {"date": "../../elsewhere"}},
+        {"model_state": {}, "options": {"date": 3}},
+        {"model_state": {}, "scheduler_state": torch.zeros(2)},
+        {"model_state": {}, "scheduler_state": {"last_epoch": "x"}},
+        {"model_state": {}, "history": torch.zeros(2)},
     ],
 )
 def test_what_is_no_checkpoint_of_a_step_is_refused(tmp_path, state):

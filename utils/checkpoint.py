@@ -35,6 +35,12 @@ FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
 #: What no official file holds, for files in which the mark was damaged as well.
 OWN_KEYS = frozenset(("options", "task", "state"))
 
+#: Deeper or larger structures are no checkpoint: a few hundred bytes of pickle can stand for more lists than there are atoms.
+DEEPEST, MOST_ITEMS = 50, 10_000_000
+
+#: A tensor of more bytes than its file repeats its elements, or has none; below this size that does no harm.
+HARMLESS_BYTES = 1 << 20
+
 
 def _numpy_scalars() -> list:
     """What the official files hold beside tensors: numpy floats as scores. Plain data, no code."""
@@ -179,9 +185,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        with _allowing_numpy_scalars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state, strange = _read(path)
     except pickle.UnpicklingError as error:
         raise ValueError(_unpickling_message(path, error)) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError,
@@ -190,6 +194,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
             f"checkpoint {path} is truncated or damaged, or no checkpoint at all ({type(error).__name__}); "
             "restore it or train the step again"
         ) from error
+    if strange:
+        raise ValueError(
+            f"checkpoint {path} is refused: it holds {strange}, which no training writes; take the file from its source again"
+        )
     if not isinstance(state, dict):
         raise ValueError(
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; it is no checkpoint of this program"
@@ -204,11 +212,59 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
+def _read(path: Path) -> tuple[Any, str]:
+    """What a file holds, and what of it no checkpoint has ("" for nothing)."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch packs nothing: an archive that unpacks to more is a bomb
+            if sum(record.file_size for record in archive.infolist()) > size:
+                return {}, "records that unpack to more than its size"
+    with _allowing_numpy_scalars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return state, _strange(state, size + HARMLESS_BYTES)
+
+
+def _strange(state: Any, most_bytes: int) -> str:
+    """What of a structure would stop or exhaust the program that works with it; "" for nothing."""
+    waiting, count = [(state, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST_ITEMS:
+            return "lists in lists beyond measure"
+        if isinstance(item, dict):
+            waiting += [(value, depth + 1) for value in item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += [(value, depth + 1) for value in item]
+        elif isinstance(item, torch.Tensor):
+            plain = item.layout == torch.strided and item.device.type == "cpu" and not item.is_quantized
+            if not plain or item.is_conj() or item.is_neg():
+                return "a tensor that is not plain (sparse, quantised or without data)"
+            if item.numel() * item.element_size() > most_bytes:
+                return "a tensor larger than the file"
+    return ""
+
+
 def _unpickling_message(path: Path, error: Exception) -> str:
     text = str(error)
     if "GLOBAL" in text or "Unsupported class" in text:
         return f"checkpoint {path} is refused: it holds Python objects beside tensors, which could run code when loaded"
     return f"checkpoint {path} is truncated or damaged, or no checkpoint at all; restore it or train the step again"
+
+
+def require_places(*paths: Path) -> None:
+    """Refuse to start what could not be written because something else, such as a folder, stands in its place.
+
+    Args:
+        paths: of files that will be written, checkpoints or others; they and what is written beside them are looked at.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    for place in (place for path in paths for place in (path, _aside(path))):
+        if place.exists() and not place.is_file():
+            raise ValueError(f"{place} is not a file, and a file must be written there; move it away")
 
 
 def require_space(folder: str | os.PathLike, needed: int) -> None:

@@ -20,6 +20,9 @@ FUSIONS = ("sum", "mean", "max", "softmax")
 PREPROCESSING = ("pow", "none", "abs", "relu")
 DEEPLAB_CHANNELS = 256
 
+#: What may become part of a file name.
+PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
+
 _MANY = 10**9
 _HUGE = 2**1000
 #: Closed ranges of options, and of the elements of those that are lists. None stands for "not given" and passes.
@@ -220,7 +223,7 @@ def _texts(opts: Namespace) -> None:
             raise ValueError(f"--{dest} {getattr(opts, dest)[:80]!r} is unknown; choose one of {', '.join(choices)}")
     for dest in ("name", "date"):
         value = getattr(opts, dest)
-        if not re.fullmatch(r"[\w+=,@ -][\w.+=,@ -]{0,99}", value, re.ASCII):
+        if not PART_OF_FILE_NAME.fullmatch(value):
             raise ValueError(
                 f"--{dest} {value[:80]!r} becomes part of file names; use 1 to 100 letters, digits and . _ + = , @ - "
                 "(no dot in front)"

@@ -97,9 +97,9 @@ def load_weights(
     fresh = f"cls.{new_classifier}."
     missing = [name for name in own if name not in weights and not name.startswith(fresh)]
     unexpected = [name for name in weights if name not in own]
-    misshapen = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    misshapen = [name for name in own if name in weights and not _alike(own[name], weights[name])]
     for names, what in (
-        (misshapen, "another shape"),
+        (misshapen, "of another shape or kind"),
         (missing if strict else [], "missing"),
         (unexpected if strict else [], "unexpected"),
     ):
@@ -109,3 +109,8 @@ def load_weights(
                 "--task and classifier options as for that checkpoint (or --strict_weights to take what fits)"
             )
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+
+
+def _alike(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether one weight can take the other's values; the types of floating numbers may differ."""
+    return mine.shape == theirs.shape and mine.is_floating_point() == theirs.is_floating_point()

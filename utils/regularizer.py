@@ -38,6 +38,9 @@ class Regularizer:
         model: the student, not wrapped.
         previous: checkpoint of step t-1: "model_state" (p_old) and "trainer_state" with the importance; empty at step 0.
         opts: reg_importance, reg_alpha, reg_iterations, reg_no_normalize.
+
+    Raises:
+        ValueError: the importance in `previous` cannot be that of its weights.
     """
 
     #: What it measures, in the order in which the penalty adds them up.
@@ -45,11 +48,10 @@ class Regularizer:
 
     def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
         self.opts = opts
-        known = (previous.get("trainer_state") or {}).get("regularizer") or {}
-        measured = [kind for kind in self.kinds if isinstance(known.get(kind), dict)]
+        self.old = _read_importance(previous, self.kinds)
+        measured = list(self.old)
         #: Kinds of importance that step t-1 should have left and did not.
         self.absent = [kind for kind in self.kinds if previous and kind not in measured]
-        self.old = {kind: checkpoint.without_prefix(known[kind]) for kind in measured}
         self.anchor: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
@@ -104,6 +106,43 @@ class Regularizer:
         """Continue the measurement of an interrupted step."""
         for kind, values in self.current.items():
             _restore(values, checkpoint.without_prefix(state[kind]))
+
+
+def _read_importance(previous: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Importance by kind and parameter name, as far as step t-1 measured it.
+
+    A file is not to be trusted: importance that does not fit the weights beside it, or is no number, would end or ruin a training.
+    """
+    known: Any = previous
+    for key in ("trainer_state", "regularizer"):
+        known = known.get(key)
+        if known is None:
+            return {}
+        if not isinstance(known, dict):
+            raise _misfit(previous, f"{key} is a {type(known).__name__}, not a dictionary")
+    found = {}
+    for kind in kinds:
+        importance = known.get(kind)
+        if importance is None:
+            continue
+        if not isinstance(importance, dict) or not all(isinstance(name, str) for name in importance):
+            raise _misfit(previous, f"{kind} is no dictionary of parameter names")
+        found[kind] = checkpoint.without_prefix(importance)
+        found[kind].pop(checkpoint.LOSS_WEIGHTS, None)  # which official files have among the weights
+        for name, value in found[kind].items():
+            weight = previous["model_state"].get(name)
+            if weight is None or not isinstance(value, Tensor) or value.shape != weight.shape:
+                raise _misfit(previous, f"the {kind} of {name} has not the shape of its weight")
+            if not (value.is_floating_point() and bool(value.isfinite().all())):
+                raise _misfit(previous, f"the {kind} of {name} is not of finite numbers")
+    return found
+
+
+def _misfit(previous: dict[str, Any], what: str) -> ValueError:
+    file = previous.get("file", "the checkpoint of the previous step")
+    return ValueError(
+        f"--regularizer: {file} has no usable importance ({what}); train that step again with --regularizer, or go on without"
+    )
 
 
 def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ def check(opts: Namespace, task: Task) -> None:
         OSError: a file cannot be read.
     """
     path = csv_path(opts, task)
+    checkpoint.require_places(path, path.with_suffix(".json"))
     _read_rows(path)
     _read_json(path.with_suffix(".json"))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from utils import checkpoint
+from utils.checks import PART_OF_FILE_NAME
 
 #: What must be the same at all steps, because it shapes the network.
 NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")
@@ -62,13 +63,16 @@ class Store:
             return Path(self.opts.step_ckpt)
         return self.finished(self.task.step - 1)
 
+    def _lock_path(self) -> Path:
+        return self.folder / f".{self.finished(self.task.step).stem}.lock"
+
     def lock(self) -> FileLock:
         """A lock on this name and step, released when the process ends, however it ends.
 
         Raises:
             ValueError: another run holds it.
         """
-        path = self.folder / f".{self.finished(self.task.step).stem}.lock"
+        path = self._lock_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -84,7 +88,7 @@ class Store:
         """Make the folders of checkpoints and outputs, before a day of training ends on one that cannot be written.
 
         Raises:
-            ValueError: naming the folder.
+            ValueError: naming the folder, or what stands where a file belongs.
         """
         for folder in (self.folder, *map(Path, folders)):
             try:
@@ -95,6 +99,10 @@ class Store:
                 raise ValueError(
                     f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
                 ) from error
+        step = self.task.step
+        checkpoint.require_places(
+            self._lock_path(), self.finished(step), self.unfinished(step), self.before_unfinished(step)
+        )
 
     def load_previous(self) -> dict[str, Any]:
         """The checkpoint of step t-1, checked against this run.
@@ -296,7 +304,7 @@ def read(path: Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its dictionary; "model_state" without the wrapper's prefix, λ apart under "loss_weights" (or None).
+        Its dictionary; "model_state" without the wrapper's prefix, λ apart under "loss_weights" (or None), the path under "file".
 
     Raises:
         ValueError: missing, damaged, or without "model_state".
@@ -311,20 +319,24 @@ def read(path: Path) -> dict[str, Any]:
     model_state = checkpoint.without_prefix(state["model_state"])
     state["loss_weights"] = model_state.pop(checkpoint.LOSS_WEIGHTS, None)
     state["model_state"] = model_state
+    state["file"] = str(path)
     return state
 
 
 def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
     """Refuse a file that does not say in plain values what it learned; an official one (not `own`) says nothing."""
     described, options = state.get("task"), state.get("options", None if own else {})
-    schedule, history = state.get("scheduler_state") or {}, state.get("history", [])
+    schedule, history = state.get("scheduler_state"), state.get("history", [])
     try:
         json.dumps([described, options, history])
         known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
-        counted = isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int)
+        counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
+        plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
+        # the results take the date into their file name: it must not lead out of their folder
+        plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
     except (TypeError, ValueError):
-        known = counted = False
-    if not (known and counted and isinstance(options, dict) and isinstance(history, list)):
+        known = counted = plain = False
+    if not (known and counted and plain and isinstance(history, list)):
         raise ValueError(
             f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
         )

@@ -40,6 +40,16 @@ def misfit(mine: Any, theirs: Any, place: str = "state") -> str:
     return "" if fits else place
 
 
+def require_fit(mine: Any, theirs: Any, place: str) -> None:
+    """Refuse a part of an interrupted run's state that is built otherwise than mine.
+
+    Raises:
+        ValueError: names the first place.
+    """
+    if place := misfit(mine, theirs, place):
+        raise ValueError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
+
+
 def check_momenta(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser whose loaded state does not fit its parameters.
 
