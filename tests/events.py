@@ -29,6 +29,18 @@ def scalars(folder):
     return {(tag, step): value for tag, step, value in values}
 
 
+def curves(folder):
+    """name -> [(iteration, value)] in the order of writing, as TensorBoard shows them: a start supersedes all from its iteration on."""
+    found = {}
+    for event in read_events(folder):
+        if event.HasField("session_log"):
+            found = {name: [point for point in curve if point[0] < event.step] for name, curve in found.items()}
+        for value in event.summary.value:
+            if not value.HasField("image"):
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
 def pictures(folder):
     """name -> (height, width)."""
     values = [v for e in read_events(folder) for v in e.summary.value if v.HasField("image")]

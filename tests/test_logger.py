@@ -1,12 +1,13 @@
 """TensorBoard files read back event by event, and the terminal."""
 
 import errno
+import struct
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import SessionLog
 
-from tests.events import pictures, read_events, scalars
+from tests.events import curves, pictures, read_events, scalars
 from utils.logger import Logger
 
 
@@ -31,6 +32,37 @@ def test_a_later_run_supersedes_what_it_repeats(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # also within one second
     starts = [event.step for event in read_events(tmp_path) if event.session_log.status == SessionLog.START]
     assert starts == [0, 5]
+
+
+def test_the_last_iteration_that_is_not_repeated_stays(tmp_path):
+    log = Logger(progress=False)
+    log.open(tmp_path, 0)
+    for iteration in (4, 5, 6):
+        log.scalars({"loss/ce": float(iteration), "loss/kd": 0.5}, iteration)
+    log.scalars({"val/mIoU": 0.5}, 5)
+    log.image("x", np.zeros((4, 6, 3), dtype=np.uint8), 5)
+    log.close()
+    (first,) = tmp_path.iterdir()
+    (tmp_path / "events.out.tfevents.9").write_bytes(first.read_bytes()[:-5])  # what a killed process left
+    (tmp_path / "events.out.tfevents.99").write_bytes(b"not events at all" * 9)
+    (tmp_path / "events.out.tfevents.999").write_bytes(struct.pack("<Q", 3) + bytes(4) + b"\xff\xff\xff" + bytes(4))
+    log.open(tmp_path, 5)
+    log.scalars({"val/mIoU": 0.25}, 5)
+    log.close()
+    for path in tmp_path.glob("events.out.tfevents.9*"):
+        if len(path.name) < len(first.name):
+            path.unlink()
+    assert curves(tmp_path) == {
+        "loss/ce": [(4, 4.0), (5, 5.0)],
+        "loss/kd": [(4, 0.5), (5, 0.5)],
+        "val/mIoU": [(5, 0.25)],
+    }
+    log.open(tmp_path, 5)  # again at the same place, and then anew
+    log.close()
+    assert curves(tmp_path)["loss/ce"] == [(4, 4.0), (5, 5.0)]
+    log.open(tmp_path, 0)
+    log.close()
+    assert not any(curves(tmp_path).values())
 
 
 def test_without_a_file_nothing_happens(tmp_path):

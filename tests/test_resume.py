@@ -1,5 +1,6 @@
 """Interrupted anywhere, a run goes on with --resume and ends where an uninterrupted one ends, to the bit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import run
 import train
 from tests import thin
+from tests.events import curves, read_events
 from utils import checkpoint, results, store
 from utils.store import Store
 
@@ -398,17 +400,32 @@ def test_results_of_a_night_stay_in_one_file(tmp_path, monkeypatch):
     )
 
 
-def test_the_log_goes_on_where_the_state_was(copy_of, monkeypatch):
-    from tests.events import read_events, scalars
+LOGGED = {
+    "between two saved states": ((train.Trainer, "train_iteration"), 10, False, kill),
+    "after a validation": ((train.Trainer, "train_iteration"), 7, False, kill),
+    "in a validation": ((train.StreamSegMetrics, "update"), 2, True, kill),
+    "asked to stop": ((train.Trainer, "train_iteration"), 9, True, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+}
 
-    folder = copy_of("ft")
-    text = COMMANDS["ft"][0] + " --print_interval 1"
+
+@pytest.mark.parametrize("place", LOGGED)
+def test_curves_are_those_of_an_uninterrupted_run(place, whole, copy_of, tmp_path, monkeypatch):
+    """No point twice, none missing, as TensorBoard reads the files."""
+    folder, text = copy_of("ft"), COMMANDS["ft"][0] + " --print_interval 1"
+    target, nth, after, action = LOGGED[place]
     with monkeypatch.context() as patch:
-        interrupt(patch, (train.Trainer, "train_iteration"), 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert thin.launch(folder, text) == 143
+        patch.setattr("utils.logger.FLUSH_SECONDS", -1)  # a killed process leaves all that it logged
+        interrupt(patch, target, nth, action, after)
+        with contextlib.suppress(Killed):
+            assert thin.launch(folder, text) == 143
     assert thin.launch(folder, text + " --resume") == 0
-    found = scalars(folder / "logs")
-    assert sorted(step for name, step in found if name == "loss/ce") == list(range(1, 19))
-    starts = [e.step for e in read_events(folder / "logs") if e.HasField("session_log")]
-    assert starts == [0, 7]
+    assert thin.launch(tmp_path / "calm", text) == 0
+    mine, theirs = curves(folder / "logs"), curves(tmp_path / "calm" / "logs")
+    assert mine.keys() == theirs.keys() >= {"loss/ce", "val/mIoU", "test/all", "learning_rate"}
+    for name, curve in theirs.items():
+        assert mine[name] == curve, name
+    assert [step for step, _ in mine["loss/ce"]] == list(range(1, 19))
+    assert [step for step, _ in mine["val/mIoU"]] == [6, 12, 18]
+    starts = [event.step for event in read_events(folder / "logs") if event.HasField("session_log")]
+    assert starts == [0, 10 if place == "asked to stop" else 6]
     assert "print_interval" in store.MAY_CHANGE_ON_RESUME

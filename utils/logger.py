@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
+from utils.events import scalars_at
 
 #: Seconds after which what was logged is flushed to the disk.
 FLUSH_SECONDS = 30.0
@@ -36,7 +37,8 @@ class Logger:
 
         Args:
             folder: where they go.
-            first_iteration: what an earlier run logged from this iteration on is superseded; None: nothing is.
+            first_iteration: iterations done before. What an earlier run logged after them is superseded, so that no curve has two
+                values in one place, and so is what it validated then, because that is repeated. None: nothing is superseded.
 
         Raises:
             ValueError: the folder cannot be written.
@@ -48,15 +50,22 @@ class Logger:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
+        kept: dict[str, float] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if first_iteration:
+                kept = {
+                    n: v for n, v in scalars_at(folder, first_iteration).items() if not n.startswith(("val/", "test/"))
+                }
             # The library's names are good for one file a second.
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         except OSError as error:
             raise ValueError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
         self.flushed_at = time.monotonic()
         if first_iteration is not None:
+            # Readers drop all from this abscissa on, the last iteration that is not repeated with it: it is written again.
             self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
+            self.scalars(kept, first_iteration)
 
     def _write(self, iteration: int, **content: Any) -> None:
         """Append an event to the file."""

@@ -1,0 +1,54 @@
+"""Reading TensorBoard files back, as far as an earlier part of a run must be continued."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def events(path: Path) -> Iterator[Any]:
+    """The events of a file, up to the first that a killed process or a broken disk left incomplete.
+
+    Args:
+        path: records of 8 bytes length, 4 bytes checksum, the event, 4 bytes checksum.
+
+    Yields:
+        tensorboardX's `Event`.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event  # slow to import, and not needed by a dry run
+
+    left = path.stat().st_size
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            (size,) = struct.unpack("<Q", head[:8])
+            left -= 16 + size
+            if left < 0:
+                return
+            try:
+                yield Event.FromString(file.read(size))
+            except DecodeError:
+                return
+            file.read(4)
+
+
+def scalars_at(folder: Path, iteration: int) -> dict[str, float]:
+    """The numbers that the runs of a folder logged at an iteration and that no later start superseded.
+
+    Args:
+        folder: of the files of one step; need not exist.
+        iteration: their abscissa.
+
+    Returns:
+        By name.
+    """
+    found: dict[str, float] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # in the order in which TensorBoard reads them
+        for event in events(path):
+            if event.HasField("session_log") and event.step <= iteration:
+                found = {}
+            if event.step == iteration:
+                found |= {v.tag: v.simple_value for v in event.summary.value if v.HasField("simple_value")}
+    return found
