@@ -133,6 +133,7 @@ def run(opts: Namespace) -> None:
         announce(opts, device)
     if len(opts.step) > 1 and not (opts.dry_run or opts.check_data):
         distributed.on_main(lambda: foresee(opts))
+    faults: list[str] = []
     with StopRequest() as stop:
         for step in opts.step:
             if signum := distributed.highest(stop.signum):
@@ -143,10 +144,14 @@ def run(opts: Namespace) -> None:
             if opts.dry_run:
                 dry_run(step_opts, task)
             elif opts.check_data:
-                check_data(step_opts, task)
+                faults += check_data(step_opts, task)
             else:
                 StepRun(step_opts, task, device, stop).go()
                 gc.collect()  # networks and optimiser lie in circles of references: the next step needs their memory
+    if faults := list(dict.fromkeys(faults)):
+        raise distributed.SharedError(
+            f"--check_data found {len(faults)} faults; mend or remove these:\n" + "\n".join(faults)
+        )
 
 
 def foresee(opts: Namespace) -> None:
@@ -215,13 +220,13 @@ def dry_run(opts: Namespace, task: Task) -> None:
         print(json.dumps(line), flush=True)
 
 
-def check_data(opts: Namespace, task: Task) -> None:
-    """Read every image and mask of the step and list the bad ones."""
+def check_data(opts: Namespace, task: Task) -> list[str]:
+    """Read every image and mask of the step; returns a sentence for each bad one."""
     faults = distributed.on_main(lambda: dataset.check_data(opts, task))
-    if faults:
-        raise ValueError(f"{len(faults)} bad files in step {task.step} of {task.name}:\n" + "\n".join(faults))
     if distributed.is_main():
-        print(f"step {task.step} of {task.name}: every image and mask can be read")
+        said = f"{len(faults)} faults" if faults else "every image and mask can be read"
+        print(f"step {task.step} of {task.name}: {said}")
+    return faults
 
 
 class StepRun:

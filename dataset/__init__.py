@@ -90,23 +90,25 @@ def build(opts: Namespace, task: Task) -> Splits:
 
 
 def check_data(opts: Namespace, task: Task) -> list[str]:
-    """Reads every mask of the data set, and every image that the step uses, in parallel.
+    """Reads every mask of the data set, and every image that the step uses or may use, in parallel.
 
     Returns:
-        a sentence for each file that cannot be used, empty if all is well.
+        a sentence for each file, and each line of a split, that cannot be used; empty if all is well.
     """
-    problems = []
-    for train in (True, False):
-        source = _source(opts, train)
-        if not isinstance(source, FileSource):
-            continue
+    problems: list[str] = []
+    layout = _layout(opts)
+    for train in (True, False) if layout is not None else ():
+        source = FileSource(layout, _root(opts), train, problems)
         shown, found = source.inspect(np.arange(len(source)))
-        problems += [problem for problem in found if problem]
         if task.domain:
-            shown = source.presence()
-        usable = np.array([not problem for problem in found])
-        used = np.intersect1d(np.flatnonzero(usable), select(shown, _wanted(task, task.new if train else task.seen)))
-        problems += [problem for problem in source.inspect(used, decode=True)[1] if problem]
+            shown = source.domains()
+        ids = task.new if train and not opts.val_on_trainset else task.seen
+        # a bad mask does not say whether the step uses its image
+        bad = np.array([bool(problem) for problem in found], dtype=bool)
+        looked_at = np.union1d(np.flatnonzero(bad), select(shown, _wanted(task, ids))).astype(np.int64)
+        for index, problem in zip(looked_at, source.inspect(looked_at, decode=True)[1]):
+            found[index] = problem
+        problems += [line for problem in found for line in problem.splitlines()]
     return problems
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -20,11 +21,16 @@ from PIL import Image, ImageOps
 _FILES_PER_PROCESS = 500
 _MAX_PROCESSES = 16
 
+#: What Pillow may take a file for, whatever its name. Others of its readers start programs (EPS: Ghostscript).
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+
 
 def _open(path: str, what: str) -> Image.Image:
     """The opened, not yet decoded image; ValueError that names the file where that fails."""
     try:
-        image = Image.open(path)
+        if stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise OSError("it is no regular file")  # reading a pipe would wait for ever
+        image = Image.open(path, formats=_FORMATS)
     except FileNotFoundError:
         raise ValueError(f"{what} {path} does not exist") from None
     except Exception as error:  # decoders raise a dozen types on damaged files
@@ -60,14 +66,14 @@ def open_mask(path: str) -> Image.Image:
     return mask
 
 
-def open_image(path: str, size: tuple[int, int]) -> Image.Image:
-    """The image at `path`, not yet decoded, if its size (width, height) is that of its mask.
+def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
+    """The image at `path`, not yet decoded, if its size (width, height) is that of its mask (None: not known).
 
     Masks are drawn on the pixels as they are stored, and the official program ignores the EXIF orientation. So does
     this one, unless only the turned image fits the mask; then it is turned.
     """
     image = _open(path, "image")
-    if image.size == size:
+    if size is None or image.size == size:
         return image
     stored = image.size
     if stored == size[::-1]:
@@ -93,20 +99,26 @@ def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode:
 
     Args:
         valid: values that a mask may have.
-        decode: read the whole image, not only its header.
+        decode: read the whole image, not only its header, and read it even if the mask is bad; a line for each bad file then.
     """
+    shown, size, problems = [], None, []
     try:
         mask = open_mask(mask_path)
+        size = mask.size
         shown = [value for value, count in enumerate(mask.histogram()) if count]
         foreign = [value for value in shown if value not in valid]
         if foreign:
-            return [], f"mask {mask_path} has the value {foreign[0]}, which is not a class of the data set"
-        image = open_image(image_path, mask.size)
-        if decode:
-            _decode(image, image_path, "image")
+            raise ValueError(f"mask {mask_path} has the value {foreign[0]}, which is not a class of the data set")
     except ValueError as error:
-        return [], str(error)
-    return shown, ""
+        problems.append(str(error))
+    if decode or not problems:
+        try:
+            image = open_image(image_path, size)
+            if decode:
+                _decode(image, image_path, "image")
+        except ValueError as error:
+            problems.append(str(error))
+    return ([], "\n".join(problems)) if problems else (shown, "")
 
 
 def inspect(

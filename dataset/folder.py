@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dataset.layout import IMAGE_SUFFIXES, FilePair, Layout, inside, read_lines
+from dataset.layout import IMAGE_SUFFIXES, FilePair, Layout, inside, read_lines, read_pairs
 
 
 class Folder(Layout):
@@ -37,17 +37,15 @@ class Folder(Layout):
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
         """Pairs of splits/train.txt or splits/val.txt."""
         split = root / "splits" / f"{self.split_names[0 if train else 1]}.txt"
-        found = []
-        for number, name in enumerate(read_lines(split, self.hint), 1):
-            place = f"{split}, entry {number}"
+
+        def parse(name: str, place: str) -> FilePair:
             image, mask = inside(root / "images", name, place), inside(root / "masks", name, place)
             suffix = os.path.splitext(image)[1]
             if suffix.lower() in IMAGE_SUFFIXES:
-                mask = os.path.splitext(mask)[0]
-            else:
-                image = self._with_suffix(image, place)
-            found.append(FilePair(image, f"{mask}.png"))
-        return found
+                return FilePair(image, f"{os.path.splitext(mask)[0]}.png")
+            return FilePair(self._with_suffix(image, place), f"{mask}.png")
+
+        return read_pairs(split, self.hint, parse)
 
     @staticmethod
     def _with_suffix(path: str, place: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
+from dataset.cache import some
 from utils.types import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -56,6 +58,8 @@ class Layout:
 
 def read_lines(path: Path, hint: str) -> list[str]:
     """The non-empty lines of a text file, stripped; ValueError that names the file if it is not one or is empty."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path} is not a file: {hint}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -66,6 +70,42 @@ def read_lines(path: Path, hint: str) -> list[str]:
     if not lines:
         raise ValueError(f"{path} is empty: {hint}")
     return lines
+
+
+class BadEntries(ValueError):
+    """Lines of a split file that cannot be used.
+
+    Args:
+        problems: a sentence for each; the message has the first few.
+        good: pairs of the other lines.
+    """
+
+    def __init__(self, problems: list[str], good: list[FilePair]):
+        super().__init__(some(problems))
+        self.problems, self.good = problems, good
+
+
+def read_pairs(split: Path, hint: str, parse: Callable[[str, str], FilePair]) -> list[FilePair]:
+    """The pairs that the lines of a split file name.
+
+    Args:
+        split: the file.
+        hint: for the message when there is none.
+        parse: turns a line, and the name of its place for messages, into a pair.
+
+    Raises:
+        BadEntries: `parse` raised ValueError for some lines.
+        ValueError: there is no such file, or nothing in it.
+    """
+    good, problems = [], []
+    for number, line in enumerate(read_lines(split, hint), 1):
+        try:
+            good.append(parse(line, f"{split}, entry {number}"))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise BadEntries(problems, good)
+    return good
 
 
 def inside(folder: Path, name: str, place: str) -> str:

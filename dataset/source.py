@@ -9,7 +9,7 @@ import numpy as np
 
 from dataset.cache import cached, fingerprint, some
 from dataset.files import inspect, read_pair
-from dataset.layout import FilePair, Layout
+from dataset.layout import BadEntries, FilePair, Layout
 
 _LOG = logging.getLogger(__name__)
 #: A scan of fewer masks than this is not worth a line in the log.
@@ -23,16 +23,23 @@ class FileSource:
         layout: where the files are.
         root: `--data_root`.
         train: the training split, or the validation split.
+        problems: takes a sentence for each entry of the split that cannot be used; None: they are errors.
 
     Raises:
-        ValueError: the split is missing or empty.
+        ValueError: the split is missing or empty, or has entries that cannot be used.
     """
 
-    def __init__(self, layout: Layout, root: Path, train: bool) -> None:
+    def __init__(self, layout: Layout, root: Path, train: bool, problems: list[str] | None = None) -> None:
         self.layout, self.root = layout, root
         self.split = layout.split_names[0 if train else 1]
         self.title = f"split {self.split} of {layout.name}"
-        self._pairs: list[FilePair] = layout.pairs(root, train)
+        try:
+            self._pairs: list[FilePair] = layout.pairs(root, train)
+        except BadEntries as error:
+            if problems is None:
+                raise
+            problems += error.problems
+            self._pairs = error.good
         #: (256,) int16, from the values of a mask to class ids, -1 for values no mask may have
         self.class_table = layout.class_table(len(layout.read_classes(root)))
 
@@ -57,10 +64,14 @@ class FileSource:
         """
         key = fingerprint([path for pair in self._pairs for path in pair[:2]], f"{self.class_table.tolist()}")
         if self.layout.domains:
-            shown = np.zeros((len(self), 256), dtype=bool)
-            shown[np.arange(len(self)), [pair.domain for pair in self._pairs]] = True
-            return shown
+            return self.domains()
         return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
+
+    def domains(self) -> np.ndarray:
+        """(N, 256) bool: the domain of each image, without a look at the files."""
+        shown = np.zeros((len(self), 256), dtype=bool)
+        shown[np.arange(len(self)), [pair.domain for pair in self._pairs]] = True
+        return shown
 
     def _scan(self) -> np.ndarray:
         if len(self) >= _SILENT:

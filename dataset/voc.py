@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.layout import FilePair, Layout, inside, read_lines
+from dataset.layout import FilePair, Layout, inside, read_pairs
 
 
 class Voc(Layout):
@@ -29,11 +29,12 @@ class Voc(Layout):
         """Pairs of splits/train_aug.txt or splits/val.txt; the leading "/" of a path means the folders above."""
         base = root / "PascalVOC12"
         split = base / "splits" / f"{self.split_names[0 if train else 1]}.txt"
-        found = []
-        for number, line in enumerate(read_lines(split, self.hint), 1):
-            place, words = f"{split}, entry {number}", line.split()
+
+        def parse(line: str, place: str) -> FilePair:
+            words = line.split()
             if len(words) != 2:
                 raise ValueError(f"{place}: {line!r:.200} must be the path of an image and the path of its mask")
             image, mask = (word.removeprefix("/") for word in words)
-            found.append(FilePair(inside(base / "VOCdevkit" / "VOC2012", image, place), inside(base, mask, place)))
-        return found
+            return FilePair(inside(base / "VOCdevkit" / "VOC2012", image, place), inside(base, mask, place))
+
+        return read_pairs(split, self.hint, parse)

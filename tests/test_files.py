@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import dataset
+from dataset import files
 from tests.tiny_folder import build, options, save_image, save_mask, write_folder
 
 
@@ -17,54 +18,66 @@ def root(tmp_path):
     return write_folder(tmp_path)
 
 
-def mask_of_16_bits(root):
-    Image.fromarray(np.zeros((20, 24), dtype=np.uint16)).save(root / "masks" / "train3.png")
+def mask_of_16_bits(root, name="train3"):
+    Image.fromarray(np.zeros((20, 24), dtype=np.uint16)).save(root / "masks" / f"{name}.png")
 
 
-def mask_in_colour(root):
-    Image.new("RGB", (24, 20)).save(root / "masks" / "train3.png")
+def mask_in_colour(root, name="train3"):
+    Image.new("RGB", (24, 20)).save(root / "masks" / f"{name}.png")
 
 
-def mask_of_one_bit(root):
-    Image.new("1", (24, 20)).save(root / "masks" / "train3.png")
+def mask_of_one_bit(root, name="train3"):
+    Image.new("1", (24, 20)).save(root / "masks" / f"{name}.png")
 
 
-def mask_with_foreign_value(root):
-    save_mask(root / "masks" / "train3.png", [5])
+def mask_with_foreign_value(root, name="train3"):
+    save_mask(root / "masks" / f"{name}.png", [5])
 
 
-def mask_missing(root):
-    (root / "masks" / "train3.png").unlink()
+def mask_missing(root, name="train3"):
+    (root / "masks" / f"{name}.png").unlink()
 
 
-def mask_truncated(root):
-    path = root / "masks" / "train3.png"
+def mask_truncated(root, name="train3"):
+    path = root / "masks" / f"{name}.png"
     path.write_bytes(path.read_bytes()[:-30])
 
 
-def mask_is_text(root):
-    (root / "masks" / "train3.png").write_text("hello")
+def mask_is_text(root, name="train3"):
+    (root / "masks" / f"{name}.png").write_text("hello")
 
 
-def mask_is_empty(root):
-    (root / "masks" / "train3.png").write_bytes(b"")
+def mask_is_empty(root, name="train3"):
+    (root / "masks" / f"{name}.png").write_bytes(b"")
 
 
-def mask_is_a_folder(root):
-    mask_missing(root)
-    (root / "masks" / "train3.png").mkdir()
+def mask_is_a_folder(root, name="train3"):
+    mask_missing(root, name)
+    (root / "masks" / f"{name}.png").mkdir()
 
 
-def mask_links_in_a_loop(root):
-    mask_missing(root)
-    os.symlink("train3.png", root / "masks" / "train3.png")
+def mask_links_in_a_loop(root, name="train3"):
+    mask_missing(root, name)
+    os.symlink(f"{name}.png", root / "masks" / f"{name}.png")
 
 
-def mask_of_another_size(root):
-    save_mask(root / "masks" / "train3.png", [2], size=(24, 21))
+def mask_is_a_pipe(root, name="train3"):
+    """Which nobody writes into: whoever reads it waits."""
+    mask_missing(root, name)
+    os.mkfifo(root / "masks" / f"{name}.png")
 
 
-def mask_is_a_bomb(root):
+def mask_is_a_program(root, name="train3"):
+    """PostScript, for which Pillow would start Ghostscript."""
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\n%%EndComments\n%%BeginPreview: 24 20 8 1\n"
+    (root / "masks" / f"{name}.png").write_bytes(program)
+
+
+def mask_of_another_size(root, name="train3"):
+    save_mask(root / "masks" / f"{name}.png", [2], size=(24, 21))
+
+
+def mask_is_a_bomb(root, name="train3"):
     """A PNG of 65,000 x 65,000 pixels in a few bytes."""
 
     def chunk(name, data):
@@ -72,7 +85,7 @@ def mask_is_a_bomb(root):
 
     header = struct.pack(">IIBBBBB", 65000, 65000, 8, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
-    (root / "masks" / "train3.png").write_bytes(content + chunk(b"IEND", b""))
+    (root / "masks" / f"{name}.png").write_bytes(content + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +101,8 @@ def mask_is_a_bomb(root):
         (mask_is_empty, "cannot be read"),
         (mask_is_a_folder, "cannot be read: Is a directory"),
         (mask_links_in_a_loop, "symbolic links"),
+        (mask_is_a_pipe, "no regular file"),
+        (mask_is_a_program, "cannot identify image file"),
         (mask_of_another_size, "has 24 x 20 pixels, its mask 24 x 21"),
         (mask_is_a_bomb, "cannot be read"),
     ],
@@ -173,6 +188,22 @@ def test_split_files_do_not_lead_out(root, line, message):
     assert "train.txt, entry 2" in str(error.value)
 
 
+def test_every_bad_line_of_a_split_is_said(root):
+    (root / "splits" / "train.txt").write_text("\n".join(["train0", *(f"../x{n}" for n in range(6)), "nothing"]))
+    with pytest.raises(ValueError, match=r"entry 2: .*; and 2 more \(--check_data lists all\)$"):
+        build(root)
+    opts = options(root)
+    problems = dataset.check_data(opts, dataset.load_task(opts, 0))
+    assert [problem.split("entry ")[1][0] for problem in problems] == list("2345678")
+
+
+def test_a_pipe_is_no_split(root):
+    (root / "splits" / "val.txt").unlink()
+    os.mkfifo(root / "splits" / "val.txt")
+    with pytest.raises(ValueError, match=r"val.txt is not a file"):
+        build(root)
+
+
 def test_bad_split_and_class_files(root):
     (root / "splits" / "val.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"val.txt is empty"):
@@ -218,3 +249,49 @@ def test_check_data_lists_every_bad_file(root):
     assert [next(name for name in ("train3", "train6", "val0") if name in problem) for problem in problems] == [
         "train3", "train6", "val0",
     ]  # fmt: skip
+
+
+def image_truncated(root, name):
+    path = root / "images" / f"{name}.png"
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".jpg"))
+    path.unlink()
+    path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_check_data_lists_all_kinds_at_once(root, processes, monkeypatch):
+    """Both files of a pair, too; what has a defined meaning (CMYK, a turned image) is not listed."""
+    monkeypatch.setattr(files, "_FILES_PER_PROCESS", 10 // processes)  # of ten training files
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    started = []
+    popen = files.subprocess.Popen
+    monkeypatch.setattr(files.subprocess, "Popen", lambda *args, **kw: started.append(1) or popen(*args, **kw))
+    damages = [mask_of_16_bits, mask_in_colour, mask_is_a_bomb, mask_links_in_a_loop, mask_missing, mask_is_a_pipe]
+    for number, damage in zip((0, 1, 2, 4, 5, 6), damages):
+        damage(root, f"train{number}")
+    image_truncated(root, "train0")  # whose mask is bad as well
+    image_truncated(root, "train7")
+    (root / "images" / "train8.png").unlink()
+    Image.new("CMYK", (24, 20)).save(root / "images" / "train8.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (root / "images" / "train9.png").unlink()
+    Image.new("RGB", (20, 24)).save(root / "images" / "train9.jpg", exif=exif)
+    (root / "images" / "val1.png").unlink()
+    opts = options(root)
+    problems = dataset.check_data(opts, dataset.load_task(opts, 0))
+    assert len(started) == (6 if processes == 3 else 0)
+    expected = ("masks/train0", "images/train0", "masks/train1", "masks/train2", "masks/train4", "masks/train5")
+    expected += ("masks/train6", "images/train7", "images/val1")
+    assert len(problems) == len(expected) and not any("\n" in problem for problem in problems)
+    for name in expected:
+        assert sum(name in problem for problem in problems) == 1, name
+
+
+def test_check_data_looks_at_what_a_test_on_the_training_set_reads(root):
+    image = root / "images" / "train0.png"  # shows class 1, which step 1 does not learn
+    image.write_bytes(image.read_bytes()[:-200])
+    for wanted in (False, True):
+        opts = options(root, val_on_trainset=wanted)
+        assert bool(dataset.check_data(opts, dataset.load_task(opts, 1))) == wanted

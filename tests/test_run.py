@@ -299,8 +299,14 @@ def test_a_folder_of_pictures_through_all_steps(tmp_path, capsys):
     assert "every image and mask can be read" in capsys.readouterr().out
     image = data / "images" / "train1.png"
     image.write_bytes(image.read_bytes()[:-300])
-    assert thin.launch(tmp_path, f"{text} --step 0 --check_data") == 2
-    assert str(image) in capsys.readouterr().err
+    later = data / "images" / "train6.png"  # shows a class of step 1 only
+    sound = later.read_bytes()
+    later.write_bytes(sound[:-300])
+    assert thin.launch(tmp_path, f"{text} --step 0 1 --check_data") == 2
+    first, *listed = capsys.readouterr().err.splitlines()
+    assert first == "error: --check_data found 2 faults; mend or remove these:"
+    assert [str(path) in line for path, line in zip((image, later), listed, strict=True)] == [True, True]
+    later.write_bytes(sound)
     for workers in (0, 1):
         before = contents(tmp_path / "results")
         assert thin.launch(tmp_path, f"{text} --step 0 --num_workers {workers}") == 2
