@@ -78,7 +78,7 @@ def forked(action):
     return child
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="a process does not learn who signals it")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="a process does not learn who signals it")
 def test_workers_that_load_data_obey_their_parent_alone():
     worker = forked(lambda: outlive_stop_signals(0))
     for number in signals.SIGNALS:  # from a batch system: some other process
@@ -91,3 +91,27 @@ def test_workers_that_load_data_obey_their_parent_alone():
     assert os.waitpid(worker, os.WNOHANG) == (0, 0)
     os.kill(worker, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "sigtimedwait"), reason="the workers of torch notice by themselves, after seconds"
+)
+def test_workers_do_not_outlive_a_killed_training():
+    read, write = os.pipe()
+
+    def start_worker():
+        if os.fork() == 0:
+            outlive_stop_signals(0)
+            os.write(write, b"x")
+            time.sleep(30)
+            os._exit(1)
+        assert os.read(read, 1) == b"x"
+
+    training = forked(start_worker)
+    os.close(write)
+    os.kill(training, signal.SIGKILL)
+    os.waitpid(training, 0)
+    began = time.monotonic()
+    assert os.read(read, 1) == b""  # nobody is left to write
+    assert time.monotonic() - began < 5
+    os.close(read)

@@ -1,6 +1,8 @@
 """Which checkpoint a step may build on, which state it may continue, and who may write."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import run
 from dataset import tasks
 from tests import thin
 from utils import checkpoint, store
+from utils.signals import outlive_stop_signals
 from utils.store import Store
 
 #: What `Trainer.state_dict` returns, as far as the store looks at it.
@@ -230,6 +233,26 @@ def test_one_run_of_a_name_and_step(tmp_path):
     lock.release()
     make(tmp_path).lock().release()  # a lock file that is left over locks nothing
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_the_lock_of_a_killed_run_locks_nothing(tmp_path):
+    """Not even while a process that loaded data for it has yet to notice."""
+    read, write = os.pipe()
+    training = os.fork()
+    if training == 0:
+        lock = make(tmp_path).lock()
+        if os.fork() == 0:
+            outlive_stop_signals(0)
+            time.sleep(30)
+        os.write(write, b"x" * lock.is_locked)
+        time.sleep(30)
+        os._exit(1)
+    assert os.read(read, 1) == b"x"
+    assert "another run named" in refusal(make(tmp_path).lock)
+    os.kill(training, signal.SIGKILL)
+    os.waitpid(training, 0)
+    make(tmp_path).lock().release()
+    os.close(read), os.close(write)
 
 
 def test_folders_that_cannot_be_written_are_named(tmp_path, monkeypatch):

@@ -15,6 +15,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORWARDING_SECONDS = 5.0
 
 
+#: How often a process that loads data looks whether its training process is still there.
+ORPHAN_SECONDS = 0.25
+
+
 class Stopped(Exception):
     """Raised by the trainer once the state is saved after a stop request.
 
@@ -79,18 +83,21 @@ class Interruptible:
 def outlive_stop_signals(worker: int) -> None:
     """For processes that load data: a batch system or a terminal signals them too, but the training process still needs them.
 
-    SIGTERM is obeyed only where it comes from the training process, which ends with it the workers that are left when it exits.
+    SIGTERM is obeyed only where it comes from the training process, which ends with it the workers that are left when it exits. Where
+    that is killed, its workers end within moments: they hold its memory, and perhaps its lock on the checkpoint.
 
     Args:
         worker: number of the worker, as a DataLoader hands it over.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere a process does not learn who signals it
+    if hasattr(signal, "sigtimedwait"):  # elsewhere a process does not learn who signals it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _obey_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, ORPHAN_SECONDS)
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)

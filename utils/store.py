@@ -19,6 +19,9 @@ from utils.checks import PART_OF_FILE_NAME
 #: What must be the same at all steps, because it shapes the network.
 NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")
 
+#: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
+LOCK_SECONDS = 1.25
+
 #: Number of λ in the official checkpoints, which hold them for every method.
 OFFICIAL_LOSS_WEIGHTS = 9
 
@@ -76,7 +79,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise ValueError(
                 f"another run named {self.opts.name!r} trains step {self.task.step} of {self.task.name} into {self.folder}; "
