@@ -44,9 +44,6 @@ from utils.store import Store
 #: Exit codes: a user's error, a loss that is not finite, another process that is gone.
 USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
 
-#: A checkpoint holds weights and momentum; one is written beside the last two.
-CHECKPOINT_COPIES = 3
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program.
@@ -396,8 +393,8 @@ class StepRun:
 
     def _prepare_outputs(self, fresh: bool) -> None:
         """Refuse outputs that would fail at the end of the step, then open them."""
-        parameters = sum(p.numel() * p.element_size() for p in self.trainer.network.parameters())
-        checkpoint.require_space(self.store.folder, CHECKPOINT_COPIES * 2 * parameters)
+        network, kept = self.trainer.network, (self.trainer.method.state_dict(), self.trainer.balancer.state_dict())
+        self.store.require_space(checkpoint.size([network.state_dict(), *network.parameters(), *kept]))  # and momenta
         results.check(self.opts, self.task)
         self._open_log(0 if fresh else self.trainer.total_iterations)
         if fresh:

@@ -135,6 +135,36 @@ def test_a_full_disk_is_refused_before_training(copy, capsys, monkeypatch):
     assert "free some space or name another folder with --checkpoint" in refusal(capsys, copy, "--task 6-2 --step 0")
 
 
+@pytest.mark.parametrize("method", ["FT", "RW", "LSKD"])
+def test_the_room_asked_for_is_that_of_the_files(copy, monkeypatch, method):
+    """Also where a method keeps as much per weight as the optimiser does, several times."""
+    asked, written, save = [], [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "require_space", lambda folder, needed: asked.append(needed))
+
+    def saving(path, state, *more):
+        save(path, state, *more)
+        written.append(path.stat().st_size)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    text = f"--task 6-2 --method {method} --epochs 2 --reg_iterations 2"
+    assert thin.launch(copy, f"{text} --step 1 --name n") == 0
+    (needed,), largest = asked, max(written)
+    assert 0.9 * largest < needed / 3 < 1.15 * largest, (
+        needed / 3,
+        largest,
+    )  # some kilobytes weigh in a network this small
+
+
+def test_the_room_for_later_steps_is_asked_for_first(copy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "require_space", lambda folder, needed: asked.append(needed))
+    assert thin.launch(copy, "--task 6-2 --step 0 1 2 --method FT --name o") == 0
+    ratios = [needed / asked[-1] for needed in asked]  # the last step needs its three states only
+    assert ratios == pytest.approx([5 / 3, 4 / 3, 1], rel=0.05)
+    assert thin.launch(copy, "--task 6-2 --step 0 1 2 --method FT --name o") == 0  # over the files of the first time
+    assert [needed / asked[2] for needed in asked[3:]] == pytest.approx([1, 1, 1], rel=0.1)
+
+
 def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):
     before = (copy / "checkpoints" / BASE).read_bytes()
 

@@ -38,6 +38,9 @@ OWN_KEYS = frozenset(("options", "task", "state"))
 #: Deeper or larger structures are no checkpoint: a few hundred bytes of pickle can stand for more lists than there are atoms.
 DEEPEST, MOST_ITEMS = 50, 10_000_000
 
+#: What a file needs beside the numbers of a tensor: its name in the weights, its place in the archive, padding.
+RECORD_BYTES = 512
+
 #: A tensor of more bytes than its file repeats its elements, or has none; below this size that does no harm.
 HARMLESS_BYTES = 1 << 20
 
@@ -214,15 +217,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[Any, str]:
     """What a file holds, and what of it no checkpoint has ("" for nothing)."""
-    size = path.stat().st_size
+    file_size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:  # torch packs nothing: an archive that unpacks to more is a bomb
-            if sum(record.file_size for record in archive.infolist()) > size:
+            if sum(record.file_size for record in archive.infolist()) > file_size:
                 return {}, "records that unpack to more than its size"
     with _allowing_numpy_scalars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
         state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, _strange(state, size + HARMLESS_BYTES)
+    return state, _strange(state, file_size + HARMLESS_BYTES)
 
 
 def _strange(state: Any, most_bytes: int) -> str:
@@ -265,6 +268,18 @@ def require_places(*paths: Path) -> None:
     for place in (place for path in paths for place in (path, _aside(path))):
         if place.exists() and not place.is_file():
             raise ValueError(f"{place} is not a file, and a file must be written there; move it away")
+
+
+def size(state: Any) -> int:
+    """Bytes of the tensors in a nested structure and of their places in a file: the size of its checkpoint, but for some kilobytes.
+
+    Args:
+        state: dicts, lists, tuples, tensors and plain values.
+    """
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size() + RECORD_BYTES
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size, parts))
 
 
 def require_space(folder: str | os.PathLike, needed: int) -> None:

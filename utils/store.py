@@ -19,6 +19,9 @@ from utils.checks import PART_OF_FILE_NAME
 #: What must be the same at all steps, because it shapes the network.
 NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")
 
+#: States of a step under way: the last, the one before it, and the one that is being written.
+STATES = 3
+
 #: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
 LOCK_SECONDS = 1.25
 
@@ -106,6 +109,21 @@ class Store:
         checkpoint.require_places(
             self._lock_path(), self.finished(step), self.unfinished(step), self.before_unfinished(step)
         )
+
+    def require_space(self, size: int) -> None:
+        """Refuse to start what the disk has no room for: the states of this step, and the checkpoints of those that follow it.
+
+        Args:
+            size: bytes of one checkpoint.
+
+        Raises:
+            ValueError: less is free.
+        """
+        step, steps = self.task.step, self.opts.step
+        later = steps[steps.index(step) + 1 :] if step in steps else []
+        replaced = [self.unfinished(step), self.before_unfinished(step), *map(self.finished, later)]
+        room = sum(min(path.stat().st_size, size) for path in replaced if path.is_file())
+        checkpoint.require_space(self.folder, (STATES + len(later)) * size - room)
 
     def load_previous(self) -> dict[str, Any]:
         """The checkpoint of step t-1, checked against this run.
