@@ -236,6 +236,9 @@ def test_notes_say_what_does_nothing():
     notes = argparser.notes(parse(f"{SHAPES} --yess 2 --unkd --num_classes 3"))
     assert [note.split()[0] for note in notes] == ["--num_classes", "--yess", "--unkd"]
     assert argparser.notes(parse(f"{SHAPES} --method FT")) == []
+    notes = argparser.notes(parse(f"{SHAPES} --step 0 1 --step_ckpt x.pth --trial_batch --test"))
+    assert [note.split()[0] for note in notes] == ["--step_ckpt", "--trial_batch"]
+    assert argparser.notes(parse(f"{SHAPES} --step 1 2 --step_ckpt x.pth --trial_batch")) == []
     # what a preset brings was not typed by the user, and is not remarked on
     assert not [note for note in argparser.notes(parse(f"{SHAPES} --method PLOP --step 1")) if "nothing here" in note]
 
@@ -275,6 +278,8 @@ MET = {
     "--lr_policy poly": "",
     "--lr_policy step": "--lr_policy step",
     "--opt_level O1": "--opt_level O1",
+    "a first --step above 0": "--step 1",
+    "a training (not --test, --dry_run or --check_data)": "",
 }
 #: What leaves an option idle that the defaults do not.
 UNMET = {
@@ -282,6 +287,8 @@ UNMET = {
     "--pod without --pod_logits": "--pod spatial --pod_logits",
     "no --init_balanced, which wins": "--init_balanced",
     "--lr_policy poly": "--lr_policy step",
+    "a first --step above 0": "--step 0",
+    "a training (not --test, --dry_run or --check_data)": "--test",
 }
 
 

@@ -316,6 +316,26 @@ def test_a_broken_environment_is_named(variable, monkeypatch):
         distributed.initialise("cpu")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": ""}, "but RANK is not set"),
+        ({"MASTER_ADDR": ""}, "but MASTER_ADDR is not set"),
+        ({"MASTER_PORT": ""}, "but MASTER_PORT is not set"),
+        ({"RANK": "x"}, "RANK='x' in the environment is not a number"),
+        ({"RANK": "2"}, "announces 2 processes, but RANK=2"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+    ],
+)
+def test_processes_that_could_not_find_each_other_are_refused(changed, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        distributed.initialise("cpu")
+
+
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device"):

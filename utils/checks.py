@@ -135,6 +135,12 @@ IDLE = (
     ("--lr_policy poly", lambda o: o.lr_policy == "poly", "lr_power"),
     ("--lr_policy step", lambda o: o.lr_policy == "step", "lr_decay_step lr_decay_factor"),
     ("--opt_level O1", lambda o: o.opt_level != "O0", "amp_dtype"),
+    ("a first --step above 0", lambda o: o.step[0] > 0, "step_ckpt"),
+    (
+        "a training (not --test, --dry_run or --check_data)",
+        lambda o: not (o.test or o.dry_run or o.check_data),
+        "trial_batch",
+    ),
 )
 
 #: A switch that a preset sets has no spelling that would take it back.

@@ -58,6 +58,7 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if _number("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
+        _check_environment()
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return chosen
 
@@ -68,6 +69,17 @@ def _number(variable: str, default: int) -> int:
     if not text.isdecimal():
         raise ValueError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
     return int(text)
+
+
+def _check_environment() -> None:
+    """Refuse several processes that could not find each other."""
+    world, variables = _number("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in variables if not os.environ.get(name)]
+    if missing or _number("RANK", 0) >= world or _number("MASTER_PORT", 0) > 65535:
+        wrong = f"{missing[0]} is not set" if missing else ", ".join(f"{name}={os.environ[name]}" for name in variables)
+        raise ValueError(
+            f"WORLD_SIZE={world} in the environment announces {world} processes, but {wrong}; start with torchrun, or unset WORLD_SIZE"
+        )
 
 
 def shutdown() -> None:
