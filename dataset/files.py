@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -131,7 +132,9 @@ def inspect(
         return [inspect_pair(*pair, valid, decode) for pair in pairs]
     jobs = [{"pairs": pairs[k::processes], "valid": sorted(valid), "decode": decode} for k in range(processes)]
     command = [sys.executable, os.path.abspath(__file__)]
-    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in jobs]
+    # a session of their own: Ctrl-C is for the main process alone, which then ends them
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    workers = [subprocess.Popen(command, **options) for _ in jobs]
     found: list = [None] * len(pairs)
     try:
         for worker, job in zip(workers, jobs):
@@ -150,10 +153,16 @@ def inspect(
 
 
 def main() -> None:
-    """One job from stdin, its answer to stdout."""
-    job = json.load(sys.stdin)
+    """One job from stdin, its answer to stdout; stop requests are for the main process, without which there is nothing to do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent, job, found = os.getppid(), json.load(sys.stdin), []
     valid = frozenset(job["valid"])
-    json.dump([inspect_pair(*pair, valid, job["decode"]) for pair in job["pairs"]], sys.stdout)
+    for pair in job["pairs"]:
+        if os.getppid() != parent:
+            return
+        found.append(inspect_pair(*pair, valid, job["decode"]))
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests import thin
-from utils import amp
+from utils import amp, checkpoint
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,18 @@ def test_momentum_is_sound_after_an_overflow_in_the_first_step():
         policy.step(optimizer)
     assert weight.item() == pytest.approx(1 - 0.1 * (2 + 0.9 * 2))
     assert precision().allows_fused_step and precision("O0").allows_fused_step
+
+
+def test_an_overflow_is_no_non_finite_loss(tmp_path, monkeypatch, capsys):
+    """A scale at which every gradient of the six iterations is infinite: nothing moves, nothing stops."""
+    monkeypatch.setattr(amp, "INITIAL_SCALE", 2.0**127)
+    with thin.program():
+        assert thin.launch(tmp_path, "--task 6-2 --step 0 --opt_level O1 --amp_dtype float16 --weight_decay 0") == 0
+    said = capsys.readouterr()
+    assert "non-finite" not in said.out + said.err
+    state = checkpoint.load(tmp_path / "checkpoints" / "6-2-shapes_n_0.pth")
+    assert all(value.isfinite().all() for value in state["model_state"].values())
+    assert state["scheduler_state"]["last_epoch"] == 6 and not state["optimizer_state"]["state"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

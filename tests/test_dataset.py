@@ -3,9 +3,11 @@
 import gzip
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,27 @@ def test_the_scan_process_is_light():
     code = f"import importlib.util as u, sys; s = u.spec_from_file_location('f', {files.__file__!r}); "
     code += "m = u.module_from_spec(s); s.loader.exec_module(m); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="nothing says when a process ignores signals")
+def test_the_scan_process_leaves_stop_requests_to_the_main_process(root):
+    worker = subprocess.Popen(
+        [sys.executable, files.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ignored = 0
+    while not (ignored >> (signal.SIGINT - 1) & ignored >> (signal.SIGTERM - 1) & 1):
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        ignored = int(status.split("SigIgn:")[1].split()[0], 16)
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGINT)
+    worker.send_signal(signal.SIGTERM)
+    pair = [str(root / "images" / "train0.png"), str(root / "masks" / "train0.png")]
+    answer, said = worker.communicate(json.dumps({"pairs": [pair], "valid": [0, 1, 255], "decode": True}), timeout=60)
+    assert (worker.returncode, json.loads(answer), said) == (0, [[[0, 1, 255], ""]], "")
 
 
 def test_a_scan_process_that_dies_is_reported(root, monkeypatch):

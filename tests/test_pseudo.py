@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import thin
 from utils import pseudo
 from utils.types import IGNORE
 
@@ -231,3 +232,25 @@ class TestAdaptiveFactor:
         labels, valid = torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)
         assert pseudo.adaptive_factor(valid, labels, 2).dtype == torch.float32
         assert pseudo.adaptive_factor(valid, labels, 2, dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("state", "fits"),
+    [
+        ({"thresholds": torch.zeros(4, dtype=torch.float64)}, True),
+        ({"thresholds": torch.zeros(3, dtype=torch.float64)}, False),
+        ({"thresholds": torch.zeros(4)}, False),
+        ({"thresholds": None}, False),
+        ({"thresholds": 0.5}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_thresholds_of_another_run_are_refused(state, fits):
+    with thin.program():
+        step = thin.Step("--method PLOP", steps=((0, 1, 2), (3,)))
+    if fits:
+        step.method.load_state_dict({"pseudo_labels": state})
+    else:
+        with pytest.raises(ValueError, match=r"^--resume: state/method/pseudo_labels.* start anew without it$"):
+            step.method.load_state_dict({"pseudo_labels": state})
