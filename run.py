@@ -372,7 +372,8 @@ class StepRun:
                 raise Stopped(signum)
         try:
             if self.opts.trial_batch:
-                trainer.trial(self.train_loader)
+                with memory.trial(self.opts.batch_size, self.opts.crop_size):
+                    trainer.trial(self.train_loader)
             trainer.fit(self.train_loader, self.val_loader, self._save_unfinished)
         except NonFiniteLoss:
             state = trainer.state_dict()

@@ -11,7 +11,7 @@ import torch
 import argparser
 import run
 from tests import thin
-from utils import checkpoint
+from utils import checkpoint, memory
 
 BASE = "6-2-shapes_n_0.pth"
 
@@ -182,6 +182,29 @@ def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):
     assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --resume") == 0
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "",
+    ],
+)
+def test_a_trial_batch_that_does_not_fit_is_said_as_such(tmp_path, capsys, monkeypatch, said):
+    def fail(*_):
+        raise RuntimeError(said) if said else MemoryError
+
+    monkeypatch.setattr(run.methods.Method, "terms", fail)
+    assert thin.launch(tmp_path, "--task 6-2 --step 0 --trial_batch") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: --trial_batch: a batch of 2 at 32 px does not fit into the memory; lower --batch_size"
+    )
+    assert err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"), memory.trial(2, 32):
+        raise RuntimeError("a bug")
+
+
 def test_debug_says_where(tmp_path, capsys):
     assert thin.launch(tmp_path, "--task 6-2 --step 1 --debug") == 2
     assert "Traceback" in capsys.readouterr().err
@@ -266,6 +289,15 @@ def test_names_of_weights_are_strict_unless_the_user_says_otherwise(copy, tmp_pa
     official(copy, tmp_path / "shape.pth", model_state=weights | {"module.cls.0.bias": torch.ones(3)})
     shape = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/shape.pth' --strict_weights"
     assert "cls.0.bias and 0 more are of another shape or kind" in refusal(capsys, copy, shape)
+    spoilt = weights | {"module.cls.0.bias": torch.full((7,), float("nan"))}
+    official(copy, tmp_path / "nan.pth", model_state=spoilt)
+    said = refusal(capsys, copy, f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/nan.pth'")
+    assert "nan.pth holds a network that went astray: cls.0.bias and 0 more" in said
+    official(
+        copy, tmp_path / "kind.pth", model_state=weights | {"module.cls.0.bias": torch.ones(7, dtype=torch.complex64)}
+    )
+    said = refusal(capsys, copy, f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/kind.pth'")
+    assert "cls.0.bias and 0 more are of another shape or kind" in said
     assert thin.launch(copy, text + " --strict_weights") == 0
     assert thin.launch(copy, more + " --strict_weights") == 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 #: Words of the errors by which torch says that memory is full, or that the system ended a process for it.
@@ -26,3 +29,25 @@ def shortage(error: BaseException) -> str:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in text for sign in _SIGNS):
         return "the memory is full; lower --batch_size or --crop_size, or use --opt_level O1 (--trial_batch tells before the work)"
     return ""
+
+
+@contextlib.contextmanager
+def trial(batch_size: int, pixels: int) -> Iterator[None]:
+    """Tell a user whose trial batch does not fit into the memory, of whatever device.
+
+    Args:
+        batch_size: images of a batch.
+        pixels: their side.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not shortage(error):
+            raise
+        raise ValueError(
+            f"--trial_batch: a batch of {batch_size} at {pixels} px does not fit into the memory; "
+            "lower --batch_size or --crop_size, or use --opt_level O1"
+        ) from error

@@ -91,23 +91,29 @@ def load_weights(
         new_classifier: number of the classifier that these weights cannot have yet, or None.
 
     Raises:
-        ValueError: names or shapes do not fit.
+        ValueError: names or shapes do not fit, or values are not finite.
     """
     own = model.state_dict()
     fresh = f"cls.{new_classifier}."
     missing = [name for name in own if name not in weights and not name.startswith(fresh)]
     unexpected = [name for name in weights if name not in own]
     misshapen = [name for name in own if name in weights and not _alike(own[name], weights[name])]
-    for names, what in (
-        (misshapen, "of another shape or kind"),
-        (missing if strict else [], "missing"),
-        (unexpected if strict else [], "unexpected"),
+    tolerant = " (or --strict_weights to take what fits)"
+    for names, what, more in (
+        (misshapen, "of another shape or kind", ""),
+        (missing if strict else [], "missing", tolerant),
+        (unexpected if strict else [], "unexpected", tolerant),
     ):
         if names:
             raise ValueError(
                 f"{path} does not fit the network: {names[0]} and {len(names) - 1} more are {what}; use the same --backbone, "
-                "--task and classifier options as for that checkpoint (or --strict_weights to take what fits)"
+                f"--task and classifier options as for that checkpoint{more}"
             )
+    if spoilt := [name for name in own if name in weights and not bool(weights[name].isfinite().all())]:
+        raise ValueError(
+            f"{path} holds a network that went astray: {spoilt[0]} and {len(spoilt) - 1} more have values that are not finite; "
+            "train that step again, with a lower --lr"
+        )
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
