@@ -222,6 +222,8 @@ def laughs():
         (torch.eye(3).to_sparse(), "not plain"),
         (torch.empty(3, device="meta"), "not plain"),
         (torch.ones(3, dtype=torch.complex64).conj(), "not plain"),
+        (torch._neg_view(torch.ones(3)), "not plain"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "not plain"),
         (torch.zeros(1).expand(10**12), "larger than the file"),
         (in_itself(), "beyond measure"),
         (laughs(), "beyond measure"),

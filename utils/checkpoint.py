@@ -38,6 +38,12 @@ OWN_KEYS = frozenset(("options", "task", "state"))
 #: Deeper or larger structures are no checkpoint: a few hundred bytes of pickle can stand for more lists than there are atoms.
 DEEPEST, MOST_ITEMS = 50, 10_000_000
 
+#: What a training computes and counts in; for others torch lacks half of its functions.
+PLAIN_TYPES = frozenset(
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+)
+
 #: What a file needs beside the numbers of a tensor: its name in the weights, its place in the archive, padding.
 RECORD_BYTES = 512
 
@@ -241,9 +247,9 @@ def _strange(state: Any, most_bytes: int) -> str:
         elif isinstance(item, (list, tuple)):
             waiting += [(value, depth + 1) for value in item]
         elif isinstance(item, torch.Tensor):
-            plain = item.layout == torch.strided and item.device.type == "cpu" and not item.is_quantized
-            if not plain or item.is_conj() or item.is_neg():
-                return "a tensor that is not plain (sparse, quantised or without data)"
+            plain = item.layout == torch.strided and item.device.type == "cpu" and item.dtype in PLAIN_TYPES
+            if not plain or item.is_neg():
+                return "a tensor that is not plain (sparse, quantised, without data or of a strange type)"
             if item.numel() * item.element_size() > most_bytes:
                 return "a tensor larger than the file"
     return ""
