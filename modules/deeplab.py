@@ -8,31 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.atrous import AtrousConv2d
 from modules.resnet import xavier_
 
 #: Dilations of the three 3×3 convs by output stride.
 DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
-
-
-class AtrousConv2d(nn.Conv2d):
-    """Dilated 3×3 conv with padding = dilation that leaves out the taps which see nothing but padding.
-
-    On a map no larger than the dilation only the centre row (column) of the kernel ever meets the map. Values and
-    gradients are those of the whole kernel; at 256 px and stride 16 the widest conv costs a ninth.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
-        super().__init__(in_channels, out_channels, 3, dilation=dilation, padding=dilation, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        reach = self.dilation[0]
-        whole = [size > reach for size in x.shape[2:]]
-        if all(whole):
-            return super().forward(x)
-        rows, columns = (slice(None) if w else slice(1, 2) for w in whole)
-        padding = [reach if w else 0 for w in whole]
-        return F.conv2d(x, self.weight[:, :, rows, columns], self.bias, 1, padding, self.dilation)
 
 
 class DeeplabV3(nn.Module):

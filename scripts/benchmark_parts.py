@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import argparser
 import methods
 from dataset.tasks import Task
-from modules.deeplab import AtrousConv2d
+from modules.atrous import AtrousConv2d
 from modules.fold import fold_frozen
 from modules.norm import ABN
 from modules.resnet import Stem

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import argparser
+from modules.atrous import AtrousConv2d
+from modules.resnet import Stem
 from scripts import benchmark
-from scripts.benchmark_parts import Clock, Workbench, choose_device, ratios, synthetic_batch, write_files
+from scripts.benchmark_parts import Clock, Workbench, choose_device, plain_logits, ratios, synthetic_batch, write_files
 from utils.equilibrium import BalancedTerm, GradientEquilibrium
 from utils.types import IGNORE
 
@@ -50,12 +52,19 @@ def test_batch_shows_old_new_and_ignored_pixels():
 def test_floor_takes_as_many_teacher_passes_as_the_method_needs(method, passes):
     bench = Workbench(small("--method", method), CPU)
     seen = []
-    if passes:
-        bench.teacher.register_forward_hook(lambda *_: seen.append("teacher"))
-    bench.student.register_forward_hook(lambda *_: seen.append("student"))
+    for name, teacher, student in (
+        ("plain", bench.plain_teacher, bench.plain_student),
+        ("own", bench.teacher, bench.student),
+    ):
+        if passes:
+            teacher.body.register_forward_hook(lambda *_, name=name: seen.append(f"{name} teacher"))
+        student.body.register_forward_hook(lambda *_, name=name: seen.append(f"{name} student"))
     before = [p.clone() for p in bench.student.parameters()]
     bench.floor()
-    assert seen == ["teacher"] * passes + ["student"]
+    bench.own_floor()
+    assert seen == [
+        *["plain teacher"] * passes, "plain student", *["own teacher"] * passes, "own student"
+    ]  # fmt: skip
     assert all(torch.equal(p, q) for p, q in zip(before, bench.student.parameters()))  # the floor has no optimiser
     bench.iteration()
     assert not all(torch.equal(p, q) for p, q in zip(before, bench.student.parameters()))
@@ -69,6 +78,16 @@ def test_teacher_of_the_floor_keeps_its_norms_and_agrees_with_the_folded_one():
         plain, folded = bench.teacher(bench.images).logits, bench.trainer.teacher(bench.images).logits
     assert plain.isfinite().all() and not bench.teacher.training
     torch.testing.assert_close(plain, folded, rtol=1e-3, atol=1e-3)
+
+
+def test_plain_networks_compute_the_same_by_ordinary_operations():
+    bench = Workbench(small(), CPU)
+    with torch.no_grad():
+        plain, own = plain_logits(bench.plain_teacher, bench.images), bench.teacher(bench.images).logits
+    torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-4)
+    kinds = {type(module) for module in bench.plain_student.modules()}
+    assert AtrousConv2d not in kinds and Stem not in kinds
+    assert {AtrousConv2d, Stem} <= {type(module) for module in bench.student.modules()}  # a copy was made plain
 
 
 def test_measuring_one_term_leaves_the_graphs_of_the_others_alone():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 #: From the bottom up; a package stands for its modules, but utils/ spans several layers.
 LAYERS = """
-metrics utils.types utils.flags utils.amp utils.distributed utils.checkpoint utils.logger utils.scheduler utils.signals \
-utils.random_state utils.memory utils.structure utils.masks utils.pseudo utils.pod_options utils.pod_distance utils.pod \
+metrics utils.types utils.flags utils.boundary utils.amp utils.distributed utils.checkpoint utils.logger utils.scheduler utils.signals \
+utils.random_state utils.events utils.memory utils.structure utils.masks utils.pseudo utils.pod_options utils.pod_distance utils.pod \
 utils.distillation utils.loss
 dataset modules
 segmentation_module
-utils.equilibrium utils.regularizer utils.store utils.networks utils.results utils.visualize
+utils.equilibrium utils.optimizer utils.regularizer utils.store utils.networks utils.results utils.visualize
 methods
 utils.checks argparser
 train

@@ -13,15 +13,13 @@ from pathlib import Path
 
 from utils import amp, flags, masks
 from utils.pod_options import PodOptions, TapOptions
+from utils.structure import PART_OF_FILE_NAME
 
 SCHEMES = ("none", "pod", "md", "mcd", "md+mcd")
 PSEUDO = ("naive", "confidence", "median", "entropy")
 FUSIONS = ("sum", "mean", "max", "softmax")
 PREPROCESSING = ("pow", "none", "abs", "relu")
 DEEPLAB_CHANNELS = 256
-
-#: What may become part of a file name.
-PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
 _MANY = 10**9
 _HUGE = 2**1000

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from utils import checkpoint
-from utils.checks import PART_OF_FILE_NAME
+from utils.structure import PART_OF_FILE_NAME
 
 #: What must be the same at all steps, because it shapes the network.
 NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")

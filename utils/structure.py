@@ -4,10 +4,14 @@ shape than its weight would be read beyond its end by the optimiser."""
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: What may become part of a file name.
+PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
 
 def misfit(mine: Any, theirs: Any, place: str = "state") -> str:
