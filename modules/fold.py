@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from modules.deeplab import DeeplabV3
 from modules.norm import ABN
 
+#: Filters that are rescaled at once: the products in float64 of a whole conv would be the largest tensors of all.
+FILTERS_AT_ONCE = 32
+
 
 class Activation(nn.Module):
     """What is left of a norm once its affine part has moved into the conv: the activation, in place."""
@@ -98,6 +101,7 @@ def _scale_filters(conv: nn.Conv2d, scale: Tensor, shift: Tensor | None) -> None
     if conv.bias is not None:
         moved = conv.bias.double() * scale
         bias = moved if shift is None else shift + moved
-    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
+    for filters, factor in zip(conv.weight.split(FILTERS_AT_ONCE), scale.split(FILTERS_AT_ONCE)):
+        filters.copy_(filters.double() * factor.view(-1, 1, 1, 1))
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
