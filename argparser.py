@@ -282,7 +282,10 @@ def _precision(parser: argparse.ArgumentParser) -> None:
     )
     add("--amp_backend", default="torch", choices=["torch", "apex"], help="who does mixed precision")
     switch("--channels_last", help="keep images and weights channels-last in memory")
-    switch("--compile", help="compile the student with torch.compile (not tried with LSKD)")
+    switch(
+        "--compile",
+        help="torch.compile for the teacher and, but for LSKD, whose balance needs parts of it, the student",
+    )
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:

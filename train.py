@@ -100,7 +100,10 @@ class Trainer:
         if self.opts.fix_bn:  # before the wrapper counts on gradients of the norms
             self.network.fix_bn()
         if self.opts.compile:
-            self.model = torch.compile(self.model)
+            if self.teacher is not None:
+                self.teacher = torch.compile(self.teacher)
+            if not self.balancer.walks_back:
+                self.model = torch.compile(self.model)
         if distributed.active():
             # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
             follow_main = not self.opts.norm_act.startswith("iabn_sync")

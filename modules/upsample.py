@@ -20,7 +20,7 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
     Linear in rows and in columns, so on the CPU it is two matrix products, which take a third of the time of
     `F.interpolate` forward and a tenth backward. Half precision would be rounded between the two and stays with `F.interpolate`,
-    like CUDA, whose kernel is fast.
+    like CUDA, whose kernel is fast, and compiled networks.
 
     Args:
         logits: (B, C, h, w).
@@ -29,7 +29,8 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+    products = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+    if not products or torch.compiler.is_compiling():
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     (height, width), (rows, columns) = logits.shape[2:], size
     with torch.autocast("cpu", enabled=False):

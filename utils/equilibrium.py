@@ -30,6 +30,9 @@ DEPTH_RATIO = 1.25
 class Sum:
     """The loss is the sum of its terms: every method but LSKD."""
 
+    #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
+    walks_back = False
+
     def cut(self, taps: Taps) -> Taps:
         """What the losses are to look at: the taps themselves."""
         return taps
@@ -125,6 +128,8 @@ class GradientEquilibrium:
     Reference: LSKD (IEEE TIP 2024), regularised gradient equilibrium. The release gives each process its own gradients and
     losses, and λ drifts apart; here they are averaged over processes first. With one process nothing changes.
     """
+
+    walks_back = True
 
     def __init__(self, terms: Sequence[BalancedTerm], alpha: float, beta: float, gamma: float, class_ratio: float,
                  dtype: torch.dtype = torch.float32):  # fmt: skip
