@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules import mobilenet
+from utils import checkpoint
 
 #: Norms whose scale is |weight| + eps; those of `_PLAIN` use the weight itself.
 _IN_PLACE = ("iabn_sync", "iabn")
@@ -38,7 +38,7 @@ def load_backbone(
         log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
 
     Raises:
-        ValueError: no such file, a file that is no plain state dict, or one that does not fit the body.
+        ValueError: no such file, a file that is no plain state dict, or one that does not fit the body or is not finite.
     """
     file_norm = norm
     if source == "torchvision":
@@ -77,15 +77,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise ValueError(f"--pretrained {path}: no such file; {_SOURCES}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        content = checkpoint.load(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds "
-            f"Python objects and must be saved again as a state dict ({type(error).__name__})"
+            f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds Python "
+            "objects or tensors without plain numbers and must be saved again as a state dict "
+            f"({type(error.__cause__ or error).__name__})"
         ) from error
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    content = content.get("state_dict", content)
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f'{path} holds no state dict: expected names and tensors, or them under "state_dict"')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return {re.sub(r"^module\.(body\.)?", "", key): value for key, value in content.items()}, digest
@@ -127,18 +128,25 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Raise ValueError unless the state has exactly the names and shapes of the body."""
+    """Raise ValueError unless the state has exactly the names and shapes of the body, and finite numbers."""
     own = body.state_dict()
     # Files older than torch 0.4.1 have no batch counters; nothing computes with them.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own]
-    misfits = [k for k in own if k in state and own[k].shape != state[k].shape]
-    for problem, keys in (("lacks", missing), ("has the unknown", unknown), ("has another shape for", misfits)):
+    shared = [k for k in own if k in state]
+    misfits = [k for k in shared if own[k].shape != state[k].shape]
+    strange = [k for k in shared if own[k].is_floating_point() != state[k].is_floating_point()]
+    spoilt = [k for k in shared if not state[k].to(own[k].dtype).isfinite().all()]
+    for problem, keys in (
+        ("does not fit this --backbone: it lacks", missing),
+        ("does not fit this --backbone: it has the unknown", unknown),
+        ("does not fit this --backbone: it has another shape for", misfits),
+        ("has numbers of another type in", strange),
+        ("has NaN or infinite numbers in", spoilt),
+    ):
         if keys:
-            raise ValueError(
-                f"{name} does not fit this --backbone: it {problem} {keys[0]}"
-                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; name a file of the same {type(body).__name__}"
-            )
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{name} {problem} {keys[0]}{more}; name an intact file of the same {type(body).__name__}")
     for key in own:
         state.setdefault(key, own[key])
 

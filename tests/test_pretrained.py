@@ -132,12 +132,60 @@ class Code:
     """An object that a safe loader must not build."""
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", {"state_dict": Code()}, [1, 2], {"epoch": 3}])
+def refusal(path):
+    """The one sentence that a file is refused with."""
+    with pytest.raises(ValueError) as caught:
+        load_backbone(template("iabn", "resnet18"), "resnet18", "iabn", str(path))
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint at all", b"root:x:0:0:root:/root:/bin/bash\nbin:x:1:1::/:/sbin/nologin\n"]
+    + [{"state_dict": Code()}, [1, 2], {"epoch": 3}, {"state_dict": [1, 2]}]
+    + [{1: torch.ones(2)}, {"state_dict": {"a": torch.ones(2), 1: torch.ones(2)}}],
+)  # fmt: skip
 def test_files_without_plain_tensors_are_refused(folder, content):
     path = folder / "odd.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError, match=r"odd\.pth"):
-        load_backbone(body_of("iabn"), "resnet18", "iabn", str(path))
+    refusal(path)
+
+
+def test_a_flipped_file_of_the_old_format_is_refused(folder):
+    """Such a file has no checksum: its magic number, its protocol, its keys and its storages are read by torch as they come."""
+    path = folder / "old.pth"
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x15]) + content[place + 1 :])
+        refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda weight: weight.mul_(float("nan")), "NaN or infinite numbers in mod1.conv1.weight;"),
+        (lambda weight: weight.fill_(float("inf")), "NaN or infinite numbers in mod1.conv1.weight;"),
+        (lambda weight: weight.double().fill_(1e300), "NaN or infinite numbers in mod1.conv1.weight;"),
+        (lambda weight: weight.long(), "numbers of another type in mod1.conv1.weight;"),
+        (lambda weight: weight.cfloat(), "tensors without plain numbers"),
+        (lambda weight: weight.to("meta"), "tensors without plain numbers"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(folder, spoil, expected):
+    state = {"state_dict": body_of("iabn").state_dict()}
+    state["state_dict"]["mod1.conv1.weight"] = spoil(state["state_dict"]["mod1.conv1.weight"])
+    torch.save(state, folder / "odd.pth")
+    assert expected in refusal(folder / "odd.pth")
+
+
+def test_weights_of_half_precision_are_taken(folder):
+    body = body_of("iabn")
+    torch.save({key: value.half() for key, value in body.state_dict().items() if value.is_floating_point()}, "half.pth")
+    load_backbone(body, "resnet18", "iabn", "half.pth", lambda line: None)
+    assert body.mod1.conv1.weight.dtype == torch.float32
 
 
 def test_truncated_file_is_refused(folder):
