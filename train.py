@@ -168,25 +168,29 @@ class Trainer:
             loader: its first batch is taken.
 
         Raises:
-            ValueError: the device's memory is too small.
+            RuntimeError, MemoryError: it does not; `utils.memory.trial` makes a sentence of it.
         """
         images, labels = next(iter(loader))
+        images = images.to(self.device, self.dtype, memory_format=self.layout)
         buffers = [buffer.clone() for buffer in self.network.buffers()]
+        momenta = self._momenta_to_come()
         try:
             with self.precision.autocast():
-                batch = self.method.prepare(
-                    images.to(self.device, self.dtype), labels.to(self.device).long(), self.teacher
-                )
+                batch = self.method.prepare(images, labels.to(self.device).long(), self.teacher)
                 batch = batch.with_student(self.network(batch.images))
             torch.stack([term.reshape(()) for term in self.method.terms(batch).values()]).sum().backward()
-        except torch.cuda.OutOfMemoryError as error:
-            raise ValueError(
-                f"--trial_batch: a batch of {len(images)} at {images.shape[-1]} px does not fit into the memory of {self.device}; "
-                "lower --batch_size or --crop_size, or use --opt_level O1"
-            ) from error
         finally:
+            del momenta
             self.optimizer.zero_grad(set_to_none=True)
             self._restore_buffers(buffers)
+
+    def _momenta_to_come(self) -> list[Tensor]:
+        """Room for what the first step of the optimiser allocates and the second forward pass finds taken."""
+        if self.opts.momentum == 0 or self.optimizer.state:
+            return []
+        return [
+            torch.empty_like(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
 
     @torch.no_grad()
     def _restore_buffers(self, buffers: list[Tensor]) -> None:

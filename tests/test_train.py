@@ -1,6 +1,7 @@
 """The trainer: optimiser, schedule, saves, validations, non-finite losses, evaluation, state."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -196,17 +197,27 @@ def test_a_trial_batch_leaves_no_trace():
     assert trainer.total_iterations == 0
 
 
-def test_a_trial_batch_that_does_not_fit_is_a_users_error(monkeypatch):
-    trainer = trainer_of()
+@pytest.mark.parametrize(("momentum", "copies"), [(0.9, 1), (0, 0)])
+def test_a_trial_batch_leaves_room_for_the_momenta(monkeypatch, momentum, copies):
+    """The optimiser allocates them after the first backward pass, and the second batch has to fit beside them."""
+    trainer = trainer_of(f"--momentum {momentum} --channels_last")
+    parameters = [p for p in trainer.network.parameters() if p.requires_grad]
+    held, seen, empty_like, prepare = [], [], torch.empty_like, trainer.method.prepare
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def allocate(parameter):
+        tensor = empty_like(parameter)
+        held.append(weakref.ref(tensor))
+        return tensor
 
-    monkeypatch.setattr(trainer.method, "terms", fail)
-    with pytest.raises(
-        ValueError, match="a batch of 2 at 32 px does not fit into the memory of cpu; lower --batch_size"
-    ):
-        trainer.trial(batches(1))
+    def look(images, labels, teacher):
+        seen.append((sum(one().numel() for one in held), images.is_contiguous(memory_format=torch.channels_last)))
+        return prepare(images, labels, teacher)
+
+    monkeypatch.setattr(train.torch, "empty_like", allocate)
+    monkeypatch.setattr(trainer.method, "prepare", look)
+    trainer.trial(batches(1))
+    assert seen == [(copies * sum(p.numel() for p in parameters), True)]
+    assert not [one for one in held if one() is not None]
 
 
 # -------------------------------------------------------------- non-finite losses
