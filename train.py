@@ -408,8 +408,7 @@ class Trainer:
         mine = {name: part.state_dict() for name, part in parts.items()} | {"position": [0] * 4, "best_score": 0.0}
         if not (mine["precision"] and state["precision"]):  # a scaler has no state on the CPU
             del mine["precision"]
-        if place := structure.misfit(mine, {name: state[name] for name in mine}):
-            raise ValueError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
+        structure.require_fit(mine, {name: state[name] for name in mine}, "state")
         structure.check_log(state["history"], state["meters"])
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
 
-def misfit(mine: Any, theirs: Any, place: str = "state") -> str:
+def misfit(mine: Any, theirs: Any, place: str) -> str:
     """The first place at which a nested state is built otherwise than mine.
 
     Args:
