@@ -191,10 +191,15 @@ class Classifiers(nn.ModuleList):
 
     def _reset_modes(self, modes: Tensor, silent: bool) -> None:
         """Give background modes fresh random weights, or take them out of the fused background."""
-        fresh = nn.Conv2d(self[0].in_channels, self.background_modes, 1)
-        weight = torch.zeros_like(self[0].weight) if silent else fresh.weight.to(self[0].weight)
-        self[0].weight[modes] = weight[modes]
-        if silent:
-            self[0].bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
-        else:
-            self[0].bias[modes] = fresh.bias.to(self[0].bias)[modes]
+        first = self[0]
+        if not silent:
+            fresh = nn.Conv2d(first.in_channels, self.background_modes, 1)
+            first.weight[modes] = fresh.weight.to(first.weight)[modes]
+            first.bias[modes] = fresh.bias.to(first.bias)[modes]
+            return
+        first.weight[modes] = 0.0
+        first.bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
+        if self.fusion == "mean":  # which divides by all modes: those that stay make up for the others
+            share = self.background_modes / (self.background_modes - len(modes))
+            first.weight *= share
+            first.bias *= share
