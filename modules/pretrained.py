@@ -23,6 +23,15 @@ _SOURCES = (
 )
 
 
+def scales_in_place(norm: str) -> bool:
+    """Whether a norm scales by |weight| + eps, so that the weights of one that scales by the weight mean another network.
+
+    Args:
+        norm: a key of `modules.norm.NORMS`.
+    """
+    return norm.startswith(_IN_PLACE)
+
+
 def load_backbone(
     body: nn.Module, backbone: str, norm: str, source: str | None, log: Callable[[str], None] = print
 ) -> None:
@@ -54,7 +63,7 @@ def load_backbone(
         state, file_norm = mobilenet.from_torchvision(state), "abn"
     state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
     _check(body, state, name)
-    _reexpress_scales(state, body, file_norm in _IN_PLACE, norm.startswith(_IN_PLACE))
+    _reexpress_scales(state, body, scales_in_place(file_norm), scales_in_place(norm))
     body.load_state_dict(state)
     log(f"backbone weights: {name}{f', sha256 {digest}' if digest else ''}")
 

@@ -119,6 +119,14 @@ def test_sync_test_norm_shares_the_file_of_sync(folder):
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize("source", [None, "pretrained/resnet18_iabn_sync.pth.tar"])
+def test_norms_of_one_meaning_take_the_weights_as_they_are(folder, source):
+    _, expected = official_file(folder, "iabn_sync")
+    body = body_of("iabn_sync_test")
+    load_backbone(body, "resnet18", "iabn_sync_test", source, lambda line: None)
+    assert all(torch.equal(value, body.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
 def test_missing_files_say_what_to_do(folder):
     with pytest.raises(
         ValueError, match=r"pretrained/resnet18_iabn\.pth\.tar.*--pretrained torchvision.*--no_pretrained"

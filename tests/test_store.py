@@ -89,6 +89,8 @@ def test_a_missing_previous_step_says_what_to_do(tmp_path):
     ("step", "other", "expected"),
     [
         (1, "--backbone resnet34", "--backbone resnet18, this run has resnet34"),
+        (1, "--norm_act abn", "--norm_act iabn, this run has abn; give all steps the same --norm_act"),
+        (1, "--norm_act std", "--norm_act iabn, this run has std; give all steps the same --norm_act"),
         (1, "--output_stride 8", "--output_stride 16, this run has 8"),
         (1, "--cosine", "--cosine False, this run has True"),
         (1, "--nb_background_modes 2", "--nb_background_modes 1, this run has 2"),
@@ -99,6 +101,19 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, step, other, expected
     make(tmp_path).save_finished(STATE, None)
     text = refusal(make(tmp_path, step, f"{other} --step_ckpt '{tmp_path}/6-2-shapes_n_0.pth'").load_previous)
     assert expected in text and "6-2-shapes_n_0.pth" in text
+
+
+@pytest.mark.parametrize("norms", [("iabn", "iabn_sync", "iabn_sync_test"), ("abn", "std")])
+def test_a_norm_that_reads_the_weights_alike_is_taken(tmp_path, norms):
+    """Such as one that synchronises them; the official files, which name no norm, are taken with every one."""
+    for trained in norms:
+        make(tmp_path, 0, f"--norm_act {trained}").save_finished(STATE, None)
+        for norm in norms:
+            text = f"--norm_act {norm} --step_ckpt '{tmp_path}/6-2-shapes_n_0.pth'"
+            assert make(tmp_path, 1, text).load_previous()["options"]["norm_act"] == trained
+    torch.save({"model_state": {"module.body.w": torch.ones(2)}}, tmp_path / "official.pth")
+    for norm in norms:
+        make(tmp_path, 1, f"--norm_act {norm} --step_ckpt '{tmp_path}/official.pth'").load_previous()
 
 
 def test_another_fusion_of_background_modes_is_refused(tmp_path):

@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dataset.tasks import Task
+from modules.pretrained import scales_in_place
 from utils import checkpoint
 from utils.structure import PART_OF_FILE_NAME
 
-#: What must be the same at all steps, because it shapes the network.
-NETWORK_OPTIONS = ("backbone", "output_stride", "cosine", "nb_background_modes")
+#: What must be the same at all steps, because it shapes the network or says what its weights mean.
+NETWORK_OPTIONS = ("backbone", "norm_act", "output_stride", "cosine", "nb_background_modes")
 
 #: States of a step under way: the last, the one before it, and the one that is being written.
 STATES = 3
@@ -199,7 +200,7 @@ class Store:
         theirs = state.get("options", {})
         fused = ("multimodal_fusion",) if self.opts.nb_background_modes > 1 else ()
         for dest in NETWORK_OPTIONS + fused + (("overlap",) if step < task.step else ()):
-            if dest in theirs and theirs[dest] != getattr(self.opts, dest):
+            if dest in theirs and not _same(dest, theirs[dest], getattr(self.opts, dest)):
                 raise ValueError(
                     f"{path} was trained with --{dest} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
                     f"give all steps the same --{dest}"
@@ -303,6 +304,13 @@ class Store:
             raise ValueError(
                 f"--resume: {path} was written with other options ({differing}); repeat them, or start anew without --resume"
             )
+
+
+def _same(dest: str, theirs: Any, mine: Any) -> bool:
+    """Whether two values of an option make the same network; norms do that read the same weight alike."""
+    if dest == "norm_act":
+        return scales_in_place(str(theirs)) == scales_in_place(mine)
+    return theirs == mine
 
 
 #: Options that do not touch the numbers of a run.
