@@ -256,7 +256,8 @@ class Trainer:
         files = ", ".join(self.files_of_batch())
         named += f"; batch: {files}" if files else ""
         if self.skipped > self.opts.skip_nonfinite:
-            raise NonFiniteLoss(f"non-finite loss at {where}: {named}")
+            remedy = "lower --lr, --pod_factor or --loss_kd, or skip such batches with --skip_nonfinite N"
+            raise NonFiniteLoss(f"non-finite loss at {where}: {named}; {remedy}")
         self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}: {named}")
 
     def _report(self, values: dict[str, float], bar) -> None:

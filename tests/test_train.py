@@ -235,7 +235,8 @@ def test_a_non_finite_loss_names_terms_place_and_files():
     with pytest.raises(NonFiniteLoss) as caught:
         trainer.train_epoch(poisoned())
     text = str(caught.value)
-    assert text == "non-finite loss at step 0, epoch 1, iteration 2: ce nan, loss nan; batch: a.png, b.png"
+    named = "non-finite loss at step 0, epoch 1, iteration 2: ce nan, loss nan; batch: a.png, b.png"
+    assert text == f"{named}; lower --lr, --pod_factor or --loss_kd, or skip such batches with --skip_nonfinite N"
     assert trainer.total_iterations == 1
 
 
