@@ -336,6 +336,13 @@ def test_another_number_of_processes_is_refused():
         trainer.load_state_dict(state)
 
 
+def test_a_state_that_is_built_otherwise_is_refused_by_its_place():
+    trainer = trainer_of()
+    state = trainer.state_dict()
+    with pytest.raises(ValueError, match="--resume: state/best_score of the interrupted run does not fit this one"):
+        trainer.load_state_dict(state | {"best_score": "0.5"})
+
+
 def draw():
     return random.random(), float(np.random.rand()), np.random.randn(), random.gauss(0, 1), torch.rand(3).tolist()
 
