@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,18 @@ def test_processes_that_could_not_find_each_other_are_refused(changed, said, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
         distributed.initialise("cpu")
+
+
+def test_a_process_that_was_never_started_is_not_waited_for_as_long_as_one_that_works(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"} | where).items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(torch.distributed.DistError) as caught:
+        distributed.initialise("cpu")
+    assert time.monotonic() - began < 30 and distributed.peer_lost(caught.value)
 
 
 def test_devices(monkeypatch):

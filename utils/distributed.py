@@ -21,6 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 #: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
+#: The same before they have met, when none has begun to work: a process that was not started will not come.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+
 #: What the back ends say when another process is gone or out of reach.
 _PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "remote process")
 
@@ -41,6 +44,7 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
 
     Raises:
         ValueError: CUDA asked for on a machine without it, or more processes than GPUs.
+        DistError: not all processes came within `RENDEZVOUS_TIMEOUT`.
     """
     local_rank = _number("LOCAL_RANK", local_rank)
     if device == "cuda" and not torch.cuda.is_available():
@@ -59,7 +63,10 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(chosen)
     if _number("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         _check_environment()
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        store, rank_, world = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        backend = "nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=world, timeout=COLLECTIVE_TIMEOUT)
     return chosen
 
 
