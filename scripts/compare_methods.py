@@ -3,7 +3,8 @@
     python scripts/compare_methods.py --methods FT PLOP LSKD --seeds 1 2 --out runs/shapes -- \
         --dataset shapes --task 6-2 --overlap --backbone resnet18 --no_pretrained --epochs 20
 
-What stands after `--` goes to run.py as it is. Methods that only differ from step 1 on share one step 0 per seed, as the papers do.
+What stands after `--` goes to run.py as it is, for all methods; `--only "EWC=--reg_importance 10"` adds words for one. Methods that
+only differ from step 1 on share one step 0 per seed, as the papers do.
 A comparison that was stopped continues where it was. Beside the table, `--out` gets a figure of the mIoU by step.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -84,10 +86,16 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
         )
 
 
-def shares_step0(method: str, words: list[str]) -> bool:
+def of_method(arguments: argparse.Namespace, method: str) -> list[str]:
+    """Words of run.py that make it train this method, those of `--only` among them."""
+    return ["--method", method, *(word for name, words in arguments.only if name == method for word in words)]
+
+
+def shares_step0(arguments: argparse.Namespace, method: str) -> bool:
     """Whether the method's step 0 is plain training."""
-    opts = argparser.parse([*words, "--method", method])
-    return not any(getattr(opts, option) not in (None, False, 1) for option in STEP0_OPTIONS)
+    plain = argparser.parse(arguments.words)
+    opts = argparser.parse([*arguments.words, *of_method(arguments, method)])
+    return all(getattr(opts, option) == getattr(plain, option) for option in STEP0_OPTIONS)
 
 
 def train_first(arguments: argparse.Namespace, method: str, seed: int) -> None:
@@ -98,8 +106,8 @@ def train_first(arguments: argparse.Namespace, method: str, seed: int) -> None:
 
 def first_run(arguments: argparse.Namespace, method: str) -> tuple[str, list[str]]:
     """Name of the run that trains the method's step 0, and its words."""
-    shared = method != "Joint" and shares_step0(method, arguments.words)
-    return (BASE, []) if shared else (method, ["--method", method])
+    shared = method != "Joint" and shares_step0(arguments, method)
+    return (BASE, []) if shared else (method, of_method(arguments, method))
 
 
 def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[dict]:
@@ -114,7 +122,7 @@ def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[d
     opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
     start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
-    words = ["--method", method, "--step_ckpt", str(start), *_epochs(arguments.epochs_later)]
+    words = [*of_method(arguments, method), "--step_ckpt", str(start), *_epochs(arguments.epochs_later)]
     later = [str(step) for step in range(1, task.last_step + 1)]
     run(arguments, words_of(arguments, seed, method, [*words, "--step", *later]))
     steps = {
@@ -191,9 +199,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", default="runs/comparison", help="folder of checkpoints, results, logs, table and figure"
     )
+    parser.add_argument(
+        "--only", nargs="+", type=_only, default=[], metavar="METHOD=WORDS", help="words for one method"
+    )
     arguments = parser.parse_args(mine)
     arguments.words = words
     return arguments
+
+
+def _only(text: str) -> tuple[str, list[str]]:
+    """Method and words of "METHOD=WORDS"."""
+    method, sign, words = text.partition("=")
+    if not sign or method not in methods.METHODS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not METHOD=WORDS, such as 'EWC=--reg_importance 10'")
+    return method, shlex.split(words)
 
 
 def main(argv: list[str] | None = None) -> int:
