@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 import argparser
 import dataset
 import methods
-from dataset.sampler import EpochSampler, PartSampler, end_workers, make_loader
+from dataset.sampler import EpochSampler, PartSampler, end_workers, kill_workers, make_loader
 from dataset.tasks import Task
 from train import NonFiniteLoss, Trainer
 from utils import amp, checkpoint, distributed, memory, networks, results, visualize
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return code
     finally:
+        kill_workers()
         distributed.shutdown()
     return 0
 
@@ -98,13 +99,13 @@ def report(error: Exception, debug: bool) -> int | None:
         # An error of a worker process that loads data brings a traceback, whose last line is the message.
         last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
         text = f"error: {last_line.split(str(error))[-1].strip()}"
+    elif lack := memory.shortage(error):
+        said, code, text = True, USER_ERROR, f"error: {lack}"
     elif distributed.peer_lost(error):
         said, code = True, PEER_LOST
         text = (
             f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
         )
-    elif lack := memory.shortage(error):
-        said, code, text = True, USER_ERROR, f"error: {lack}"
     elif not isinstance(error, NonFiniteLoss):
         return None
     if debug:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -9,6 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.signals import outlive_stop_signals
+
+#: A process that loads data and hands over no batch for so long is stuck. Up to Python 3.11 one can be from its start: where a thread of
+#: the back end is about to talk to Python in the moment of the fork, the child waits for that thread, which it does not have.
+STALLED_SECONDS = 300
 
 
 class EpochSampler(Sampler[int]):
@@ -99,9 +105,22 @@ def make_loader(
         drop_last=lasting,
         persistent_workers=lasting and opts.num_workers > 0,
         worker_init_fn=outlive_stop_signals,
+        timeout=STALLED_SECONDS if opts.num_workers > 0 else 0,
         # A generator of its own: starting an iterator must not move torch's, which a resume restores.
         generator=torch.Generator().manual_seed(opts.random_seed),
     )
+
+
+def kill_workers() -> None:
+    """End every process that loads data: one that is stuck does not hear SIGTERM, and Python would wait for it at its exit."""
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if not left:
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
+    for process in left:
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, before)
 
 
 def end_workers(loader: DataLoader) -> None:

@@ -1,12 +1,16 @@
 """Stop requests: remembered, restored, obeyed at once the second time."""
 
+import multiprocessing
 import os
 import signal
 import time
+from argparse import Namespace
 
 import pytest
+import torch
 
-from utils import signals
+from dataset import sampler
+from utils import memory, signals
 from utils.signals import Interruptible, Stopped, StopRequest, outlive_stop_signals
 
 
@@ -115,3 +119,30 @@ def test_workers_do_not_outlive_a_killed_training():
     assert os.read(read, 1) == b""  # nobody is left to write
     assert time.monotonic() - began < 5
     os.close(read)
+
+
+class Stuck(torch.utils.data.Dataset):
+    """Its second sample never comes, and the process that is asked for it hears nothing."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            time.sleep(1000)
+        return torch.zeros(1)
+
+
+def test_a_stuck_process_that_loads_data_ends_the_run(monkeypatch):
+    monkeypatch.setattr(sampler, "STALLED_SECONDS", 1)
+    opts = Namespace(num_workers=1, random_seed=0)
+    loader = sampler.make_loader(data := Stuck(), sampler.PartSampler(len(data)), 1, opts, False, lasting=True)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(RuntimeError) as raised:
+        next(batches)
+    assert "handed over nothing" in memory.shortage(raised.value)
+    (process,) = multiprocessing.active_children()
+    sampler.kill_workers()
+    assert process.exitcode == -signal.SIGKILL

@@ -12,7 +12,7 @@ _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def shortage(error: BaseException) -> str:
-    """A sentence about an error that full memory explains.
+    """A sentence about an error that full memory, or a process that loads data, explains.
 
     Args:
         error: what ended the program.
@@ -21,6 +21,11 @@ def shortage(error: BaseException) -> str:
         The sentence with its remedy; "" for any other error.
     """
     text = str(error)
+    if "DataLoader timed out" in text:
+        return (
+            "a process that loads data has handed over nothing for five minutes (is the disk out of reach?); "
+            "repeat the command with --resume"
+        )
     if "DataLoader worker" in text:
         return (
             "a process that loads data is gone (did the system end it because the memory is full?); "
