@@ -378,3 +378,20 @@ def test_compiled_networks_learn_the_same(method, monkeypatch):
     compiled = [hasattr(network, "_orig_mod") for network in (trainer.model, trainer.teacher)]
     assert compiled == [method == "FT", True]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_evaluation_starts_its_processes_before_it_talks_to_the_others(monkeypatch):
+    """A fork while a thread of the back end is busy can leave a child that never starts."""
+    happened = []
+
+    class Loader(list):
+        def __iter__(self):
+            happened.append("processes")
+            return super().__iter__()
+
+    with thin.program():
+        step = thin.Step("--method FT")
+        trainer = step.trainer()
+        monkeypatch.setattr(trainer, "_share_buffers", lambda: happened.append("talk"))
+        trainer.evaluate(Loader([(thin.images(2), thin.bands(0, 4, 5, 255))]))
+    assert happened == ["processes", "talk"]
