@@ -184,6 +184,7 @@ class GradientEquilibrium:
         slopes = [self._boundary.slopes(loss * self.gradient_scale) for loss in ordered]
         if any(slopes):
             self._measure(balanced, slopes)
+        self._boundary = Boundary()  # lets go of the taps: the logits at full size are needed no more
         weights = self.weights.detach().to(balanced.dtype)
         value = (weights * balanced).sum() + sum(loss.detach() for loss in ordered[len(self.terms) :])
         weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
