@@ -17,7 +17,6 @@ from modules.deeplab import DeeplabV3
 from modules.fold import fold_frozen
 from modules.norm import ABN, make_norm
 from modules.resnet import ResNet
-from modules.upsample import upsample
 from segmentation_module import make_model
 
 OFFICIAL = json.loads((Path(__file__).parent / "facts" / "official_state_dict.json").read_text())
@@ -174,21 +173,6 @@ def test_atrous_conv_of_a_frozen_network_and_in_half_precision_is_the_plain_one(
         assert conv(x).dtype is torch.bfloat16 and type(conv(x).grad_fn).__name__ != "_SeenOnlyBackward"
     conv.requires_grad_(False)
     assert conv(x).grad_fn is None
-
-
-@pytest.mark.parametrize("size", [(24, 40), (5, 3), (7, 31)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_upsampling_is_bilinear(size, dtype):
-    torch.manual_seed(0)
-    small = torch.randn(2, 3, 5, 7, dtype=dtype, requires_grad=True)
-    expected = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
-    found, target = upsample(small, size), torch.randn_like(expected)
-    assert found.dtype is dtype
-    torch.testing.assert_close(found, expected)
-    slopes = [torch.autograd.grad((large * target).sum(), small)[0] for large in (found, expected)]
-    torch.testing.assert_close(*slopes)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert upsample(small, size).dtype is dtype
 
 
 @pytest.mark.parametrize(("pooling", "size"), [(4, (7, 6)), (5, (7, 6)), (4, (9, 3)), (32, (5, 6)), (1, (3, 3))])
