@@ -62,9 +62,9 @@ class FileSource:
         Raises:
             ValueError: a file is missing, a mask cannot be used or does not fit its image; names the files.
         """
-        key = fingerprint([path for pair in self._pairs for path in pair[:2]], f"{self.class_table.tolist()}")
         if self.layout.domains:
             return self.domains()
+        key = fingerprint([path for pair in self._pairs for path in pair[:2]], f"{self.class_table.tolist()}")
         return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
 
     def domains(self) -> np.ndarray:
