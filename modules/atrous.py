@@ -79,7 +79,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, dilation: int) -> Tensor:
         (O, C, 3, 3).
     """
     grad, x = grad.contiguous(), x.contiguous()
-    taps = x.new_zeros(3, 3, len(grad), len(x))
+    taps = x.new_empty(3, 3, len(grad), len(x))  # every tap sees some of the map
     for i, (out_rows, in_rows) in enumerate(_seen(x.shape[2], dilation)):
         for j, (out_columns, in_columns) in enumerate(_seen(x.shape[3], dilation)):
             behind = grad[:, :, out_rows, out_columns].flatten(1)  # (O, n)
