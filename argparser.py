@@ -6,7 +6,7 @@
 
 A method's preset replaces defaults, never what stands on the command line. Odd official spellings (`--mmm`, `--dis`, …)
 are stored under names that say what they are and have a readable alias. Which official flags do something is written
-in utils/flags.py, which combinations cannot work in utils/checks.py.
+in utils/options/flags.py, which combinations cannot work in utils/options/checks.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import methods
 from dataset import DATASETS, load_task, tasks
-from utils import checks
-from utils.flags import OFFICIAL_METHODS
+from utils.options import checks
+from utils.options.flags import OFFICIAL_METHODS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
 POD_TAPS = ("pod", "pod", "md", "md", "md+mcd", "md")
@@ -86,13 +86,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is left in the namespace then stood on the command line
     given = vars(parser.parse_args(argv))
-    preset, peculiar = _preset(defaults, given)
+    preset, task_specific = _preset(defaults, given)
     unknown = sorted(set(preset) - set(defaults))
     assert not unknown, f"the preset of {given['method']} sets {unknown}, which no option has"
     opts = argparse.Namespace(**{**defaults, **preset, **given})
     opts.explicit = set(given)
     opts.preset_applied = [(dest, value) for dest, value in preset.items() if dest not in given]
-    opts.task_preset = {dest for dest in peculiar if dest not in given}
+    opts.task_preset = {dest for dest in task_specific if dest not in given}
     rank = os.environ.get("LOCAL_RANK", str(opts.local_rank))
     if not rank.isdecimal() or len(rank) > 5:
         parser.error(
@@ -133,8 +133,8 @@ def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
         return {}, set()
     task = None if "task_file" in given else given.get("task", method.preset.get("task", defaults["task"]))
     dataset = given.get("dataset", defaults["dataset"])
-    peculiar = method.task_presets.get((dataset, task), {})
-    return {**method.preset, **peculiar}, set(peculiar)
+    task_specific = method.task_presets.get((dataset, task), {})
+    return {**method.preset, **task_specific}, set(task_specific)
 
 
 def _check_task(opts: argparse.Namespace) -> None:

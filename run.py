@@ -32,14 +32,18 @@ from torch.utils.data import DataLoader
 import argparser
 import dataset
 import methods
+import segmentation_module
 from dataset.sampler import EpochSampler, PartSampler, end_workers, kill_workers, make_loader
 from dataset.tasks import Task
+from dataset.transform import denormalise
 from train import NonFiniteLoss, Trainer
-from utils import amp, checkpoint, distributed, memory, networks, results, visualize
-from utils.logger import Logger
-from utils.random_state import seed_everything
-from utils.signals import Interruptible, Stopped, StopRequest
-from utils.store import Store
+from utils.checkpointing import checkpoint_files
+from utils.checkpointing.random_state import seed_everything
+from utils.checkpointing.store import Store
+from utils.reporting import results, visualize
+from utils.reporting.logger import Logger
+from utils.runtime import amp, distributed, memory
+from utils.runtime.signals import Interruptible, Stopped, StopRequest
 
 #: Exit codes: a user's error, a loss that is not finite, another process that is gone.
 USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
@@ -95,7 +99,7 @@ def report(error: Exception, debug: bool) -> int | None:
     if isinstance(error, Stopped):
         text, code = f"{error}; the same command with --resume continues", error.exit_code
     elif isinstance(error, (ValueError, OSError)):
-        said, code = distributed.speaks(error), USER_ERROR
+        said, code = distributed.should_print(error), USER_ERROR
         # An error of a worker process that loads data brings a traceback, whose last line is the message.
         last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
         text = f"error: {last_line.split(str(error))[-1].strip()}"
@@ -130,11 +134,11 @@ def run(opts: Namespace) -> None:
     if distributed.is_main() and not opts.dry_run:
         announce(opts, device)
     if len(opts.step) > 1 and not (opts.dry_run or opts.check_data):
-        distributed.on_main(lambda: foresee(opts))
+        distributed.on_main(lambda: check_later_steps(opts))
     faults: list[str] = []
     with StopRequest() as stop:
         for step in opts.step:
-            if signum := distributed.highest(stop.signum):
+            if signum := distributed.max_over_ranks(stop.signum):
                 raise Stopped(signum)
             seed_everything(opts.random_seed)
             task = dataset.load_task(opts, step)
@@ -152,7 +156,7 @@ def run(opts: Namespace) -> None:
         )
 
 
-def foresee(opts: Namespace) -> None:
+def check_later_steps(opts: Namespace) -> None:
     """Refuse, before the first step is trained, what a later one would stumble over.
 
     Raises:
@@ -200,7 +204,7 @@ def dry_run(opts: Namespace, task: Task) -> None:
     """Build everything, train nothing, print one line of JSON about the step."""
     splits = dataset.build(opts, task)
     require_batches(len(splits.train), opts, task)
-    model = networks.build_network(opts, task.classes_per_step, pretrained=False)
+    model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False)
     methods.build(opts, task)
     store = Store(opts, task)
     if task.step > 0 and store.previous().is_file():
@@ -257,8 +261,8 @@ class StepRun:
                 return
             # The main process scans the files first, the others then find its cache.
             self.test_only = distributed.on_main(lambda: dataset.build(self.opts, self.task) and self.test_only)
-            distributed.together(self._build_data)
-            resumed = distributed.together(self._build_trainer)
+            distributed.run_on_all(self._build_data)
+            resumed = distributed.run_on_all(self._build_trainer)
             self.trainer.start(self.sampler.batches)
             if not self.test_only:
                 self._train(resumed)
@@ -323,9 +327,9 @@ class StepRun:
         if task.step > 0 and not self.test_only:
             previous = self.store.load_previous()
             self._continue_date(previous)
-            teacher = networks.build_teacher(opts, task, previous).to(self.device)
+            teacher = segmentation_module.build_teacher(opts, task, previous).to(self.device)
         fresh = task.step == 0 and not self.test_only and opts.ckpt is None and resumed is None
-        model = networks.build_student(opts, task, previous, pretrained=fresh)
+        model = segmentation_module.build_student(opts, task, previous, pretrained=fresh)
         history = self._load_tested(model) if self.test_only else []
         model = model.to(self.device)
         if opts.channels_last:
@@ -343,7 +347,7 @@ class StepRun:
         """Put the weights that are to be tested into the model; returns how their training went."""
         path = Path(self.opts.ckpt) if self.opts.ckpt else self.store.finished(self.task.step)
         state = self.store.load_tested(path)
-        networks.load_weights(model, state["model_state"], path, strict=self.opts.strict_weights)
+        segmentation_module.load_weights(model, state["model_state"], path, strict=self.opts.strict_weights)
         self.iterations = (state.get("scheduler_state") or {}).get("last_epoch", 0)
         return state.get("history", [])
 
@@ -364,12 +368,12 @@ class StepRun:
     def _train(self, resumed: dict[str, Any] | None) -> None:
         trainer, task = self.trainer, self.task
         if resumed is not None:
-            distributed.together(lambda: self._continue(resumed))
+            distributed.run_on_all(lambda: self._continue(resumed))
         distributed.on_main(lambda: self._prepare_outputs(fresh=resumed is None))
         if resumed is None:
             self.sampler.set_position(0)
             trainer.method.begin_step(Interruptible(self.train_loader, self.stop), trainer.teacher, self.device)
-            if signum := distributed.highest(self.stop.signum):
+            if signum := distributed.max_over_ranks(self.stop.signum):
                 raise Stopped(signum)
         try:
             if self.opts.trial_batch:
@@ -379,7 +383,7 @@ class StepRun:
         except NonFiniteLoss:
             state = trainer.state_dict()
             aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
-            distributed.on_main(lambda: checkpoint.save(aside, {"state": state}))
+            distributed.on_main(lambda: checkpoint_files.save(aside, {"state": state}))
             self.log.info(f"the state before the non-finite loss is in {aside}")
             raise
         trainer.method.end_step(trainer.network)
@@ -396,7 +400,9 @@ class StepRun:
     def _prepare_outputs(self, fresh: bool) -> None:
         """Refuse outputs that would fail at the end of the step, then open them."""
         network, kept = self.trainer.network, (self.trainer.method.state_dict(), self.trainer.balancer.state_dict())
-        self.store.require_space(checkpoint.size([network.state_dict(), *network.parameters(), *kept]))  # and momenta
+        self.store.require_space(
+            checkpoint_files.size([network.state_dict(), *network.parameters(), *kept])
+        )  # and momenta
         results.check(self.opts, self.task)
         self._open_log(0 if fresh else self.trainer.total_iterations)
         if fresh:
@@ -420,7 +426,7 @@ class StepRun:
         scores = trainer.evaluate(self.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
-        scores["Weights"] = checkpoint.digest(trainer.network.state_dict())
+        scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, self.class_names, trainer.history))
         means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
         shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
@@ -432,8 +438,10 @@ class StepRun:
         if self.opts.visualize:
             picture = visualize.confusion_picture(scores["Confusion Matrix"], self.class_names)
             self.log.image("test/confusion", picture, self.iterations)
-            for number, sample in enumerate(scores["samples"]):
-                self.log.image(f"test/sample{number}", visualize.strip(*sample), self.iterations)
+            for number, (image, label, prediction) in enumerate(scores["samples"]):
+                self.log.image(
+                    f"test/sample{number}", visualize.strip(denormalise(image), label, prediction), self.iterations
+                )
 
 
 if __name__ == "__main__":

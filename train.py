@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from dataset.tasks import Task
 from methods.base import Method
 from metrics.stream_metrics import StreamSegMetrics
-from utils import amp, distributed, scheduler, structure
-from utils.logger import Logger
+from utils import scheduler
+from utils.checkpointing import structure
+from utils.checkpointing.random_state import random_state, set_random_state
 from utils.optimizer import make_optimizer
-from utils.random_state import random_state, set_random_state
-from utils.signals import Stopped, StopRequest
+from utils.reporting.logger import Logger
+from utils.runtime import amp, distributed
+from utils.runtime.signals import Stopped, StopRequest
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -102,7 +104,7 @@ class Trainer:
         if self.opts.compile:
             if self.teacher is not None:
                 self.teacher = torch.compile(self.teacher)
-            if not self.balancer.walks_back:
+            if not self.balancer.needs_partial_backward:
                 self.model = torch.compile(self.model)
         if distributed.active():
             # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
@@ -168,7 +170,7 @@ class Trainer:
             loader: its first batch is taken.
 
         Raises:
-            RuntimeError, MemoryError: it does not; `utils.memory.trial` makes a sentence of it.
+            RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` makes a sentence of it.
         """
         images, labels = next(iter(loader))
         images = images.to(self.device, self.dtype, memory_format=self.layout)
@@ -220,7 +222,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.network.buffers()] if self.opts.skip_nonfinite else []
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
-            batch = batch.with_student(self.balancer.cut(self.model(images)))
+            batch = batch.with_student(self.balancer.detach_taps(self.model(images)))
         self.balancer.gradient_scale = self.precision.gradient_scale
         terms = self.method.terms(batch)
         loss = self.balancer.combine(terms)

@@ -43,11 +43,11 @@ def fingerprint(paths: Sequence[str], what: str) -> str:
             continue
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     if problems:
-        raise ValueError(some(problems))
+        raise ValueError(first_few(problems))
     return digest.hexdigest()
 
 
-def some(problems: Sequence[str], most: int = 5) -> str:
+def first_few(problems: Sequence[str], most: int = 5) -> str:
     """The first few problems in one message."""
     rest = len(problems) - most
     return "; ".join(problems[:most]) + (f"; and {rest} more (--check_data lists all)" if rest > 0 else "")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.cache import some
+from dataset.cache import first_few
 from utils.types import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -81,7 +81,7 @@ class BadEntries(ValueError):
     """
 
     def __init__(self, problems: list[str], good: list[FilePair]):
-        super().__init__(some(problems))
+        super().__init__(first_few(problems))
         self.problems, self.good = problems, good
 
 

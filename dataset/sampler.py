@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.signals import outlive_stop_signals
+from utils.runtime.signals import outlive_stop_signals
 
 #: A process that loads data and hands over no batch for so long is stuck. Up to Python 3.11 one can be from its start: where a thread of
 #: the back end is about to talk to Python in the moment of the fork, the child waits for that thread, which it does not have.

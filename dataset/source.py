@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.cache import cached, fingerprint, some
+from dataset.cache import cached, fingerprint, first_few
 from dataset.files import inspect, read_pair
 from dataset.layout import BadEntries, FilePair, Layout
 
@@ -79,7 +79,7 @@ class FileSource:
         shown, problems = self.inspect(np.arange(len(self)))
         problems = [problem for problem in problems if problem]
         if problems:
-            raise ValueError(some(problems))
+            raise ValueError(first_few(problems))
         return shown
 
     def inspect(self, indices: np.ndarray, decode: bool = False) -> tuple[np.ndarray, list[str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.tasks import Task
-from utils import equilibrium
+from utils.balance import equilibrium
 from utils.types import Batch
 
 
@@ -49,7 +49,7 @@ class Part:
 
         Args:
             model: the student, not wrapped.
-            previous: checkpoint of step t-1 as `utils.store.read` returns it, empty where there is none.
+            previous: checkpoint of step t-1 as `utils.checkpointing.store.read` returns it, empty where there is none.
         """
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:

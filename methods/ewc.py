@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from utils import distributed, structure
-from utils.regularizer import REGULARIZERS
+from methods.regularizer import REGULARIZERS
+from utils.checkpointing import structure
+from utils.runtime import distributed
 
 
 class WeightPenalty(Part):

@@ -144,7 +144,7 @@ class BackgroundModes(Part):
         self.model.init_from_background_modes(loader, self.opts.init_multimodal)
 
 
-def growth(task: Task) -> float:
+def class_growth(task: Task) -> float:
     """sqrt(C / C_new), the schedule of the PLOP family; 1 where no class is added."""
     return math.sqrt(task.num_total / task.num_new) if task.num_new else 1.0
 

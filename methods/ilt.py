@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from utils import loss
+from utils import distillation
 from utils.types import Batch
 
 
@@ -28,7 +28,7 @@ class BodyDistillation(Part):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """{"body": scalar}."""
-        return {"body": self.opts.loss_de * loss.body_distillation(batch.student.body, batch.teacher.body)}
+        return {"body": self.opts.loss_de * distillation.body_distillation(batch.student.body, batch.teacher.body)}
 
 
 class ILT(Method):

@@ -4,11 +4,11 @@ With x the images, y the pseudo-labels, a and b a tap of teacher and student, an
 
     views   x_o = x without its old pixels, x_n = x without its new ones; the teacher sees all three      (utils.masks)
     mask    M keeps what changes little without the old pixels or much without the new ones                (utils.masks)
-    pod     local POD of a and b                                       stages 1, 2                         (utils.pod)
+    pod     local POD of a and b                                       stages 1, 2                         (utils.pod.terms)
     md      local POD of a·M and b·M                                   stages 3, 4, pre_logits, logits     (utils.loss)
     mcd     --mcd_factor · distance of second-order pooled a·M, b·M    pre_logits                          (utils.loss)
     ce, kd  cross entropy and unbiased distillation of outputs         (methods/ft.py, methods/lwf.py)
-    loss    Σ λ_i ℓ_i, λ balanced by gradients (RGE)                   (utils.equilibrium)
+    loss    Σ λ_i ℓ_i, λ balanced by gradients (RGE)                   (utils.balance.equilibrium)
 
 `--tap_schemes` chooses among none, pod, md, mcd and md+mcd for each of the six taps. Neither PLOP's schedule nor a mean over taps
 enters. At step 0 there is no teacher and LSKD is plain training.
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from dataset.tasks import Task
 from methods.base import Method, Part
 from methods.plop import PLOP, pod_options
-from utils import equilibrium, loss, masks, pod
-from utils.amp import full
+from utils import loss, masks
+from utils.balance import equilibrium
+from utils.pod import terms as pod
 from utils.types import TAP_NAMES, Batch
 
 #: Names of the erased views of the teacher.
@@ -36,6 +37,8 @@ WITHOUT_OLD, WITHOUT_NEW = "without_old", "without_new"
 
 #: The taps whose λ are to grow with depth, shallow first; the logits are not among them.
 DEPTH = TAP_NAMES[:5]
+#: Index of the last tap, the small logits.
+LAST_TAP = len(TAP_NAMES) - 1
 #: RGE's group B, the shallow taps; all other terms are group A.
 SHALLOW = TAP_NAMES[:3]
 
@@ -92,23 +95,27 @@ class LayerSpecificDistillation(Part):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Named terms of all taps: mcd, pod/stage1, …, md/logits."""
-        kept = {tap: self.mask(batch, tap) for tap in self.masked}
-        teacher, student = batch.teacher.features, batch.student.features
+        masks_of_taps = {tap: self.mask(batch, tap) for tap in self.masked}
+        taps = {
+            tap: self.aligned(batch, tap, masks_of_taps.get(tap)) for tap in TAP_NAMES if self.schemes[tap] != "none"
+        }
         named: dict[str, Tensor] = {}
         for name, tap in self.context:
-            index = TAP_NAMES.index(tap)
-            a, b = full(teacher[index]), full(student[index])
-            if a.shape[1] != b.shape[1]:
-                b = pod.fold_extra_channels(b, a.shape[1], self.pod_options.after.extra_channels)
-            named[name] = self.opts.mcd_factor * loss.context_distillation(a, b, self.opts.mcd_groups, kept[tap])
-        pooled_masks = [kept[tap] if self.pools_masked(tap) else None for tap in TAP_NAMES]
-        distances = pod.pod_terms(teacher, student, self.pod_options, pooled_masks, batch.labels, self.task.num_old)
-        named |= {name: distances[TAP_NAMES.index(tap)] for name, tap in self.pooled}
+            teacher, student, mask, _, _ = taps[tap]
+            named[name] = self.opts.mcd_factor * loss.context_distillation(teacher, student, self.opts.mcd_groups, mask)
+        for name, tap in self.pooled:
+            teacher, student, mask, image_weights, factor = taps[tap]
+            mask = mask if name.startswith("md/") else None
+            options = self.pod_options.tap(TAP_NAMES.index(tap), LAST_TAP)
+            named[name] = factor * loss.mask_guided_distillation(teacher, student, mask, options, image_weights)
         return named
 
-    def pools_masked(self, tap: str) -> bool:
-        """Whether the tap's POD is of masked features."""
-        return "md" in self.schemes[tap].split("+")
+    def aligned(self, batch: Batch, tap: str, mask: Tensor | None) -> pod.AlignedTap:
+        """One tap of teacher and student with the same channels, and its factor."""
+        index = TAP_NAMES.index(tap)
+        options, place = self.pod_options.tap(index, LAST_TAP), self.pod_options.at(index, LAST_TAP)
+        teacher, student = batch.teacher.features[index], batch.student.features[index]
+        return pod.align_tap(teacher, student, mask, options, place, batch.labels, self.task.num_old)
 
     def make_balancer(self, model: nn.Module) -> equilibrium.GradientEquilibrium:
         """RGE over all terms of the run, in the official order: ce, mcd, kd, then the taps."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from methods.ft import growth
-from utils import loss
+from methods.ft import class_growth
+from utils import distillation
 from utils.types import Batch
 
 
@@ -36,35 +36,39 @@ class OutputDistillation(Part):
         opts, task = self.opts, self.task
 
         def softened(logits: Tensor) -> Tensor:
-            logits = loss.soften(logits, batch.labels, task.num_old, opts.temperature, opts.temperature_apply)
+            logits = distillation.soften(logits, batch.labels, task.num_old, opts.temperature, opts.temperature_apply)
             if opts.exkd_gt or opts.exkd_sum:
-                return loss.soften_semi_old(logits, task.at(0).num_total, task.num_old, opts.temperature_semiold)
+                return distillation.soften_semi_old(
+                    logits, task.at(0).num_total, task.num_old, opts.temperature_semiold
+                )
             return logits
 
         student, teacher = softened(batch.student.logits), softened(batch.teacher.logits)
         if opts.unkd:
-            return loss.unbiased_knowledge_distillation(student, teacher, opts.alpha, mask, reduction="none")
+            return distillation.unbiased_knowledge_distillation(student, teacher, opts.alpha, mask, reduction="none")
         if opts.kd_bce_sig:
-            return loss.sigmoid_distillation(
+            return distillation.sigmoid_distillation(
                 student, teacher, opts.alpha, opts.kd_bce_sig_shape, mask, reduction="none"
             )
         if opts.exkd_gt or opts.exkd_sum:
             slot = "gt" if opts.exkd_gt else "sum"
-            return loss.excluded_knowledge_distillation(student, teacher, batch.labels, slot, mask, reduction="none")
-        return loss.knowledge_distillation(student, teacher, opts.alpha, mask, reduction="none")
+            return distillation.excluded_knowledge_distillation(
+                student, teacher, batch.labels, slot, mask, reduction="none"
+            )
+        return distillation.knowledge_distillation(student, teacher, opts.alpha, mask, reduction="none")
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """{"kd": scalar}."""
-        mask = loss.distillation_mask(batch.labels, self.task.num_old, self.opts.kd_mask)
+        mask = distillation.distillation_mask(batch.labels, self.task.num_old, self.opts.kd_mask)
         value = self.per_pixel(batch, mask)
         if self.opts.kd_new:
             background = (batch.labels == 0).to(value.dtype)
             mean = (value * background).sum() / background.sum().clamp(min=1)
         elif mask is not None and self.opts.kd_mask_adaptative_factor:
-            mean = loss.adaptive_distillation(value, mask)
+            mean = distillation.adaptive_distillation(value, mask)
         else:
             mean = value.mean()
-        schedule = growth(self.task) if self.opts.kd_scheduling else 1.0
+        schedule = class_growth(self.task) if self.opts.kd_scheduling else 1.0
         return {"kd": self.opts.loss_kd * schedule * mean}
 
 

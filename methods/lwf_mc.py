@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from utils import loss
+from utils import distillation
 from utils.types import Batch
 
 
@@ -30,9 +30,11 @@ class ICarl(Part):
         """{"icarl": scalar}; the sum over classes, mean over pixels."""
         student, teacher = batch.student.logits, batch.teacher.logits
         if self.opts.icarl_disjoint:
-            value = loss.icarl_disjoint(student, batch.labels, teacher, background_from_labels=self.opts.icarl_bkg)
+            value = distillation.icarl_disjoint(
+                student, batch.labels, teacher, background_from_labels=self.opts.icarl_bkg
+            )
             return {"icarl": value}
-        return {"icarl": self.opts.icarl_importance * loss.icarl_combined(student, teacher)}
+        return {"icarl": self.opts.icarl_importance * distillation.icarl_combined(student, teacher)}
 
 
 class LWFMC(Method):

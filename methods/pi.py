@@ -1,4 +1,4 @@
-"""PI: path integral (synaptic intelligence). The part is methods/ewc.py's, the measure utils.regularizer.PathRegularizer."""
+"""PI: path integral (synaptic intelligence). The part is methods/ewc.py's, the measure methods.regularizer.PathRegularizer."""
 
 from __future__ import annotations
 

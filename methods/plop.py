@@ -3,7 +3,7 @@
 pseudo-labels   old pixels take the teacher's class where it is sure, else are ignored; "sure" is per class: entropy below
                 max(median over the training set, --threshold)                                      (utils.pseudo)
 ce              times the share of old pixels that are sure (--classif_adaptive_factor)            (methods/ft.py)
-pod             mean over taps of factor · ‖pooled(a²) − pooled(b²)‖ · sqrt(C / C_new)             (utils.pod)
+pod             mean over taps of factor · ‖pooled(a²) − pooled(b²)‖ · sqrt(C / C_new)             (utils.pod.terms)
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from dataset.tasks import Task
 from methods.base import Method, Part
-from methods.ft import growth
-from utils import distributed, loss, pseudo, structure
-from utils.pod_options import PodOptions, TapOptions
+from methods.ft import class_growth
+from utils import pseudo
+from utils.checkpointing import structure
+from utils.pod import terms as pod
+from utils.pod.options import PodOptions, TapOptions
+from utils.runtime import distributed
 from utils.types import Batch
 
 
@@ -131,10 +134,10 @@ class PodDistillation(Part):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """{"pod": mean over taps, scheduled}."""
-        distances = loss.pod_terms(
+        distances = pod.pod_terms(
             self.taps(batch.teacher), self.taps(batch.student), self.options, None, batch.labels, self.task.num_old
         )
-        return {"pod": loss.pod_loss(distances, 1.0 if self.opts.no_pod_schedule else growth(self.task))}
+        return {"pod": pod.pod_loss(distances, 1.0 if self.opts.no_pod_schedule else class_growth(self.task))}
 
 
 PLOP_PRESET: dict[str, Any] = {

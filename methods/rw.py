@@ -1,4 +1,4 @@
-"""RW: Riemannian walk. The part is methods/ewc.py's, the measure utils.regularizer.RiemannianRegularizer."""
+"""RW: Riemannian walk. The part is methods/ewc.py's, the measure methods.regularizer.RiemannianRegularizer."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils import distributed
+from utils.runtime import distributed
 
 try:
     import inplace_abn

@@ -11,25 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from modules import mobilenet
-from utils import checkpoint
+from utils.checkpointing import checkpoint_files
+from utils.checkpointing.structure import IN_PLACE_NORMS, scales_in_place
 
-#: Norms whose scale is |weight| + eps; those of `_PLAIN` use the weight itself.
-_IN_PLACE = ("iabn_sync", "iabn")
+#: Norms that use the weight itself as their scale; those of `IN_PLACE_NORMS` use |weight| + eps.
 _PLAIN = ("abn", "std")
 
 _SOURCES = (
     "add --pretrained torchvision (torchvision's ImageNet weights), --pretrained FILE, or --no_pretrained; the "
     "in-place ABN files of the official programs are linked from the README of github.com/mapillary/inplace_abn"
 )
-
-
-def scales_in_place(norm: str) -> bool:
-    """Whether a norm scales by |weight| + eps, so that the weights of one that scales by the weight mean another network.
-
-    Args:
-        norm: a key of `modules.norm.NORMS`.
-    """
-    return norm.startswith(_IN_PLACE)
 
 
 def load_backbone(
@@ -71,7 +62,7 @@ def load_backbone(
 def _default_file(backbone: str, norm: str, log: Callable[[str], None]) -> tuple[Path, str]:
     """The official file of this backbone, and the norm it was trained with."""
     own = "iabn_sync" if norm == "iabn_sync_test" else norm
-    candidates = [own, *(n for n in (*_IN_PLACE, *_PLAIN) if n != own)]
+    candidates = [own, *(n for n in (*IN_PLACE_NORMS, *_PLAIN) if n != own)]
     paths = {n: Path("pretrained") / f"{backbone}_{n}.pth.tar" for n in candidates}
     for candidate, path in paths.items():
         if path.is_file():
@@ -86,7 +77,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise ValueError(f"--pretrained {path}: no such file; {_SOURCES}")
     try:
-        content = checkpoint.load(path)
+        content = checkpoint_files.load(path)
     except ValueError as error:
         raise ValueError(
             f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds Python "

@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
+import segmentation_module  # noqa: E402
 from dataset.layout import IMAGE_SUFFIXES  # noqa: E402
 from dataset.tasks import Task  # noqa: E402
 from dataset.transform import normalise  # noqa: E402
-from utils import networks  # noqa: E402
-from utils.store import read  # noqa: E402
-from utils.visualize import colour_map  # noqa: E402
+from utils.checkpointing.store import read  # noqa: E402
+from utils.reporting.visualize import colour_map  # noqa: E402
 
 
 def load(path: Path) -> tuple[nn.Module, Task]:
@@ -45,8 +45,8 @@ def load(path: Path) -> tuple[nn.Module, Task]:
         described["dataset"], described["name"], described["step"], steps, described["dataset"].endswith("_domain")
     )
     opts = Namespace(**{**vars(argparser.parse([])), **state["options"]})
-    model = networks.build_network(opts, task.classes_per_step, pretrained=False)
-    networks.load_weights(model, state["model_state"], path, strict=True)
+    model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False)
+    segmentation_module.load_weights(model, state["model_state"], path, strict=True)
     return model.eval(), task
 
 

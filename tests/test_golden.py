@@ -8,18 +8,17 @@ import json
 import os
 from pathlib import Path
 
-import golden_ops
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT / "tests" / "golden"
+from tests.support import golden_ops
+from tests.support.paths import GOLDEN, ROOT
 
 
 def golden_files() -> list[Path]:
     """The cases, each file name once."""
     named = os.environ.get("LSKD_GOLDEN_DIR")
-    folders = [Path(named)] if named else [ROOT.parent / "shared" / "golden", OWN]
+    folders = [Path(named)] if named else [ROOT.parent / "shared" / "golden", GOLDEN]
     found = {path.name: path for folder in folders for path in folder.glob("*.npz")}
     return [found[name] for name in sorted(found)]
 
@@ -39,7 +38,7 @@ def test_the_folder_has_cases():
 def test_equals_the_official_program(path):
     case, meta = load(path)
     if meta["op"] == "train_trace":
-        import golden_trace  # late, because it needs the whole program
+        from tests.support import golden_trace  # late, because it needs the whole program
 
         golden_trace.check(case, meta)
     else:
@@ -47,13 +46,13 @@ def test_equals_the_official_program(path):
 
 
 def test_own_choice_has_every_op_and_is_small():
-    paths = sorted(OWN.glob("*.npz"))
+    paths = sorted(GOLDEN.glob("*.npz"))
     assert {load(path)[1]["op"] for path in paths} == {*golden_ops.OPS, "train_trace"}
     assert sum(path.stat().st_size for path in paths) <= 6_000_000
 
 
 def test_a_wrong_number_is_noticed():
-    case, meta = load(OWN / "plop_local_pod_0.npz")
+    case, meta = load(GOLDEN / "plop_local_pod_0.npz")
     case["out_embedding"] = case["out_embedding"].copy()
     case["out_embedding"][0, 3] *= 1 + 1e-8
     with pytest.raises(AssertionError):

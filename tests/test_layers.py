@@ -2,25 +2,37 @@
 
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-#: From the bottom up; a package stands for its modules, but utils/ spans several layers.
+from tests.support.paths import ROOT
+
+#: From the bottom up. A name stands for a module, or for all modules of a package; the longest name that fits counts.
 LAYERS = """
-metrics utils.types utils.flags utils.boundary utils.amp utils.distributed utils.checkpoint utils.logger utils.scheduler utils.signals \
-utils.random_state utils.events utils.memory utils.structure utils.masks utils.pseudo utils.pod_options utils.pod_distance utils.pod \
-utils.distillation utils.loss
+utils.types metrics
+utils.runtime
+utils.loss utils.distillation utils.masks utils.pseudo utils.pod
+utils.balance utils.checkpointing utils.options utils.optimizer utils.scheduler
+utils.reporting
 dataset modules
 segmentation_module
-utils.equilibrium utils.optimizer utils.regularizer utils.store utils.networks utils.results utils.visualize
 methods
-utils.checks argparser
+argparser
 train
 run"""
 HEIGHT = {name: height for height, layer in enumerate(LAYERS.splitlines()) for name in layer.split()}
-ROOT = Path(__file__).parent.parent
-FILES = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0][0] != "."]
-MODULES = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): ast.parse((ROOT / p).read_text())
-           for p in FILES if p.parts[0] not in ("tests", "scripts") and p.parts != ("utils", "__init__.py")}  # fmt: skip
+PACKAGES = ("utils", "metrics", "dataset", "modules", "methods")
+FILES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    for path in FILES
+    if path.read_text()
+}
+
+
+def height(module: str) -> int | None:
+    """Layer of a module, by the longest of its prefixes that has one."""
+    parts = module.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((HEIGHT[prefix] for prefix in prefixes if prefix in HEIGHT), None)
 
 
 def test_imports_go_down():
@@ -32,7 +44,6 @@ def test_imports_go_down():
         elif isinstance(node, ast.Import):
             below[name] |= {alias.name for alias in node.names}
     below = {name: names & set(MODULES) for name, names in below.items()}
-    height = {name: HEIGHT.get(name, HEIGHT.get(name.split(".")[0])) for name in MODULES}
-    assert [name for name in MODULES if height[name] is None] == [], "name their layer above"
-    assert [(a, b) for a, names in below.items() for b in names if height[b] > height[a]] == []
+    assert [name for name in MODULES if height(name) is None] == [], "name their layer above"
+    assert [(a, b) for a, names in below.items() for b in names if height(b) > height(a)] == []
     TopologicalSorter(below).prepare()  # raises CycleError

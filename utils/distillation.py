@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.amp import full
+from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
 
@@ -49,7 +49,7 @@ def knowledge_distillation(
     Reference: Li & Hoiem, "Learning without Forgetting", TPAMI 2018; as released, the sum over classes is divided by
         their number.
     """
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     log_probabilities = student_logits[:, : teacher_logits.shape[1]].log_softmax(1)
     loss = -((alpha * teacher_logits).softmax(1) * log_probabilities).mean(1)
     return reduce(_masked(loss, mask), reduction)
@@ -77,7 +77,7 @@ def unbiased_knowledge_distillation(
     Reference: Cermelli et al., "Modeling the Background for Incremental Learning in Semantic Segmentation", CVPR 2020,
         eq. 8.
     """
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     num_old = teacher_logits.shape[1]
     target = (alpha * teacher_logits).softmax(1)
     # Split, not sliced: the gradient of a split is put together once, that of each slice is a map of zeros of its own
@@ -120,7 +120,7 @@ def excluded_knowledge_distillation(
     """
     if new_class not in ("sum", "gt"):
         raise ValueError(f"Excluded distillation knows 'sum' and 'gt' (--exkd_sum, --exkd_gt), not {new_class!r}.")
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     num_old = teacher_logits.shape[1]
     old, valid = (labels < num_old)[:, None], labels != IGNORE  # (B, 1, H, W), (B, H, W)
     zero = torch.zeros_like(teacher_logits[:, :1])
@@ -165,7 +165,7 @@ def sigmoid_distillation(
     """
     if shape not in ("trim", "sum"):
         raise ValueError(f"--kd_bce_sig_shape {shape!r} is unknown; use 'trim' or 'sum'.")
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     num_old = teacher_logits.shape[1]
     logits = student_logits[:, :num_old]
     if shape == "sum" and student_logits.shape[1] > num_old:
@@ -187,7 +187,7 @@ def body_distillation(student_body: Tensor, teacher_body: Tensor) -> Tensor:
 
     Reference: Michieli & Zanuttigh, "Incremental Learning Techniques for Semantic Segmentation", ICCVW 2019, eq. 6.
     """
-    return F.mse_loss(full(student_body), full(teacher_body))
+    return F.mse_loss(at_least_float32(student_body), at_least_float32(teacher_body))
 
 
 def icarl_disjoint(
@@ -211,7 +211,7 @@ def icarl_disjoint(
 
     Reference: Rebuffi et al., "iCaRL", CVPR 2017, as extended to segmentation by MiB.
     """
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     target = one_hot(labels, student_logits)
     first = 1 if background_from_labels else 0
     target[:, first : teacher_logits.shape[1]] = teacher_logits[:, first:].sigmoid()
@@ -229,7 +229,7 @@ def icarl_combined(student_logits: Tensor, teacher_logits: Tensor, reduction: st
     Returns:
         Scalar, or (B, H, W) for `none`; a sum over old classes.
     """
-    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     logits = student_logits[:, : teacher_logits.shape[1]]
     loss = F.binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid(), reduction="none")
     return reduce(loss.sum(1), reduction)
@@ -292,9 +292,9 @@ def soften(logits: Tensor, labels: Tensor, num_old: int, temperature: float, app
     if apply not in ("all", "old", "new"):
         raise ValueError(f"--temperature_apply {apply!r} is unknown; use 'all', 'old' or 'new'.")
     if apply == "all":
-        return full(logits) / temperature
+        return at_least_float32(logits) / temperature
     softened = distillation_mask(labels, num_old, "oldbackground" if apply == "old" else "new")[:, None]
-    return torch.where(softened, full(logits) / temperature, full(logits))
+    return torch.where(softened, at_least_float32(logits) / temperature, at_least_float32(logits))
 
 
 def soften_semi_old(logits: Tensor, num_initial: int, num_old: int, temperature: float) -> Tensor:
@@ -311,6 +311,6 @@ def soften_semi_old(logits: Tensor, num_initial: int, num_old: int, temperature:
     """
     if temperature == 1.0 or num_initial >= num_old:
         return logits
-    divisor = torch.ones(logits.shape[1], dtype=full(logits).dtype, device=logits.device)
+    divisor = torch.ones(logits.shape[1], dtype=at_least_float32(logits).dtype, device=logits.device)
     divisor[num_initial:num_old] = temperature
-    return full(logits) / divisor[:, None, None]
+    return at_least_float32(logits) / divisor[:, None, None]

@@ -1,68 +1,106 @@
-"""Every loss of the program, as pure functions: tensors in, tensors out, no options.
+"""The losses of the articles, as pure functions: tensors in, tensors out, no options of the command line.
 
-Here are classification (per pixel, `IGNORE` pixels give 0) and LSKD's two feature losses, mask-guided distillation (MD)
-and context distillation (MCD). Distillation of outputs lives in utils/distillation.py and POD in utils/pod.py; both are
-offered here too, so that `from utils import loss` is all a method needs.
+First LSKD's two distillations of features, mask-guided distillation (MD) and mask-guided context distillation (MCD). Then the
+classification losses, per pixel, in which `IGNORE` pixels give 0. Distillation of outputs is in utils/distillation.py.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.amp import full
-from utils.distillation import (
-    adaptive_distillation,
-    body_distillation,
-    distillation_mask,
-    excluded_knowledge_distillation,
-    icarl_combined,
-    icarl_disjoint,
-    knowledge_distillation,
-    one_hot,
-    reduce,
-    sigmoid_distillation,
-    soften,
-    soften_semi_old,
-    unbiased_knowledge_distillation,
-)
-from utils.pod import pod_loss, pod_terms
-from utils.pod_distance import pod_distance
+from utils.distillation import one_hot
+from utils.pod.embedding import embedding_distance
+from utils.pod.options import TapOptions
 from utils.pseudo import entropy
+from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
-__all__ = [
-    "adaptive_distillation",
-    "binary_cross_entropy",
-    "body_distillation",
-    "context_distance",
-    "context_distillation",
-    "cross_entropy",
-    "distillation_mask",
-    "entropy_minimisation",
-    "excluded_knowledge_distillation",
-    "focal",
-    "icarl_combined",
-    "icarl_disjoint",
-    "knowledge_distillation",
-    "mask_guided_distillation",
-    "nca",
-    "pod_distance",
-    "pod_loss",
-    "pod_terms",
-    "reduce",
-    "sigmoid_distillation",
-    "soft_cross_entropy",
-    "soften",
-    "soften_semi_old",
-    "unbiased_cross_entropy",
-    "unbiased_focal",
-    "unbiased_knowledge_distillation",
-    "unbiased_nca",
-]
+#: PLOP's local POD of squared features at the scales 1, 2, 4.
+LOCAL_POD = TapOptions()
+
+
+def mask_guided_distillation(
+    teacher: Tensor,
+    student: Tensor,
+    mask: Tensor | None = None,
+    tap: TapOptions = LOCAL_POD,
+    image_weights: Tensor | None = None,
+) -> Tensor:
+    """LSKD's mask-guided distillation (MD) of one tap: local POD of masked features. Without a mask it is PLOP's local POD.
+
+    The teacher's tap a and the student's tap b are both multiplied by the mask M. The value is the mean over images of
+    ‖pod((a·M)²) − pod((b·M)²)‖, where pod concatenates the row means and column means of every cell of every scale.
+
+    Args:
+        teacher: (B, c, h, w), tap of the frozen teacher, a constant.
+        student: (B, c, h, w); the gradient is finite (zero) where it equals the teacher.
+        mask: (B, 1 or c, h, w) from `utils.masks.tap_mask`, or None.
+        tap: scales, preprocessing and difference; local POD with the scales 1, 2, 4 by default. Its factor is not applied.
+        image_weights: (B,) factor of each image's distance, or None.
+
+    Returns:
+        Scalar.
+
+    Reference: LSKD, IEEE TIP 2024, mask-guided distillation; PLOP, CVPR 2021, eq. 4-6, for the pooling.
+    """
+    distance = embedding_distance(teacher, student, tap, mask)  # (B,)
+    if image_weights is not None:
+        distance = distance * image_weights
+    return distance.mean()
+
+
+def context_distillation(teacher: Tensor, student: Tensor, groups: int, mask: Tensor | None = None) -> Tensor:
+    """LSKD's mask-guided context distillation (MCD) of pre_logits: `context_distance` of the masked features.
+
+    Args:
+        teacher: (B, c, h, w), pre_logits of the frozen teacher.
+        student: (B, c, h, w).
+        groups: number of channel groups (`--mmm`).
+        mask: from `utils.masks.tap_mask`, or None.
+
+    Returns:
+        Scalar, mean over images; `--aaaaaa` is not included.
+
+    Reference: LSKD, IEEE TIP 2024, mask-guided context distillation.
+    """
+    if mask is not None:
+        teacher, student = at_least_float32(teacher) * mask, at_least_float32(student) * mask
+    return context_distance(teacher, student, groups).mean()
+
+
+def context_distance(teacher: Tensor, student: Tensor, groups: int) -> Tensor:
+    """L2 distance per image between second-order pooled features, without outer products.
+
+    The channels are split into `groups` groups of k = c // groups (the last c − k·groups are dropped), each group is
+    average-pooled 5×5 with stride 2 and padding 2, and at every position v becomes the k×k matrix v vᵀ. The norm of the
+    difference of two such matrices is ‖uuᵀ − vvᵀ‖² = ½(‖u+v‖²‖u−v‖² + ⟨u+v, u−v⟩²), which holds no difference of
+    nearly equal numbers when the student is close to the teacher.
+
+    Args:
+        teacher: (B, c, h, w), already masked.
+        student: (B, c, h, w), already masked.
+        groups: `--mmm`.
+
+    Returns:
+        (B,); its gradient is finite (zero) where the two are equal.
+
+    Raises:
+        ValueError: groups < 1 or more groups than channels.
+    """
+    channels = teacher.shape[1]
+    if not 1 <= groups <= channels:
+        raise ValueError(f"--mmm {groups} does not split {channels} channels; use a number from 1 to {channels}.")
+    size = channels // groups
+    known, change = (
+        F.avg_pool2d(features[:, : size * groups], kernel_size=5, stride=2, padding=2).unflatten(1, (groups, size))
+        for features in (at_least_float32(teacher), at_least_float32(teacher) - at_least_float32(student))
+    )  # (B, g, k, h', w') each; the difference is pooled, not the pooled maps subtracted, so that nothing cancels
+    total = 2 * known - change
+    lengths = torch.linalg.vector_norm(total, dim=2) * torch.linalg.vector_norm(change, dim=2)  # (B, g, h', w')
+    products = (total * change).sum(2)
+    return torch.linalg.vector_norm(torch.stack([lengths, products], dim=1).flatten(1), dim=1) / 2**0.5
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,7 +113,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B, H, W), 0 where ignored.
     """
-    return F.cross_entropy(full(logits), labels.long(), ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(at_least_float32(logits), labels.long(), ignore_index=IGNORE, reduction="none")
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,7 +126,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B, H, W), 0 where ignored.
     """
-    logits = full(logits)
+    logits = at_least_float32(logits)
     loss = F.binary_cross_entropy_with_logits(logits, one_hot(labels, logits), reduction="none").sum(1)
     return loss.masked_fill(labels == IGNORE, 0)
 
@@ -140,7 +178,7 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, num_old: int, mask: T
     """
     if mask is not None:
         labels = labels.masked_fill(mask, IGNORE)
-    merged, labels = _merge_old(full(logits), labels, num_old)
+    merged, labels = _merge_old(at_least_float32(logits), labels, num_old)
     return F.nll_loss(merged, labels, ignore_index=IGNORE, reduction="none")
 
 
@@ -187,7 +225,7 @@ def nca(similarities: Tensor, labels: Tensor, scale: Tensor | float = 1.0, margi
 
     Reference: PODNet, ECCV 2020, eq. 8.
     """
-    return _nca(scale * full(similarities), labels, scale * margin)
+    return _nca(scale * at_least_float32(similarities), labels, scale * margin)
 
 
 def unbiased_nca(
@@ -205,7 +243,7 @@ def unbiased_nca(
     Returns:
         (B, H, W).
     """
-    merged, labels = _merge_old(scale * full(similarities), labels, num_old)
+    merged, labels = _merge_old(scale * at_least_float32(similarities), labels, num_old)
     return _nca(merged, labels, scale * margin)
 
 
@@ -232,7 +270,7 @@ def soft_cross_entropy(
     Returns:
         (B, H, W); p is the student's softmax over its first C_old logits.
     """
-    logits, teacher_logits = full(logits), full(teacher_logits)
+    logits, teacher_logits = at_least_float32(logits), at_least_float32(teacher_logits)
     hard = cross_entropy(logits, labels)
     old_logits = logits[:, : teacher_logits.shape[1]]
     if mended:
@@ -254,80 +292,9 @@ def entropy_minimisation(logits: Tensor, labels: Tensor, mean_pixels: bool = Fal
     Returns:
         Scalar, mean over images.
     """
-    logits = full(logits)
+    logits = at_least_float32(logits)
     background = (labels == 0).to(logits.dtype)
     entropies = entropy(logits.softmax(1)) * background  # (B, H, W)
     if mean_pixels:
         return entropies.mean()
     return (entropies.sum((1, 2)) / background.sum((1, 2)).clamp(min=1)).mean()
-
-
-def mask_guided_distillation(
-    teacher: Tensor, student: Tensor, mask: Tensor | None = None, scales: Sequence[int] = (1, 2, 4)
-) -> Tensor:
-    """LSKD's mask-guided distillation (MD) of one tap: local POD of masked features; without a mask, PLOP's local POD.
-
-    Args:
-        teacher: (B, c, h, w), tap of the frozen teacher.
-        student: (B, c, h, w).
-        mask: from `utils.masks.tap_mask`.
-        scales: sides of local POD's grids.
-
-    Returns:
-        Scalar, mean over images; the tap's factor is not included.
-
-    Reference: LSKD, IEEE TIP 2024, mask-guided distillation.
-    """
-    return pod_distance(teacher, student, scales, mask=mask).mean()
-
-
-def context_distance(teacher: Tensor, student: Tensor, groups: int) -> Tensor:
-    """L2 distance per image between second-order pooled features, without outer products.
-
-    The channels are split into `groups` groups of k = c // groups (the last c − k·groups are dropped), each group is
-    average-pooled 5×5 with stride 2 and padding 2, and at every position v becomes the k×k matrix v vᵀ. The norm of the
-    difference of two such matrices is ‖uuᵀ − vvᵀ‖² = ½(‖u+v‖²‖u−v‖² + ⟨u+v, u−v⟩²), which holds no difference of
-    nearly equal numbers when the student is close to the teacher.
-
-    Args:
-        teacher: (B, c, h, w), already masked.
-        student: (B, c, h, w), already masked.
-        groups: `--mmm`.
-
-    Returns:
-        (B,); its gradient is finite (zero) where the two are equal.
-
-    Raises:
-        ValueError: groups < 1 or more groups than channels.
-    """
-    channels = teacher.shape[1]
-    if not 1 <= groups <= channels:
-        raise ValueError(f"--mmm {groups} does not split {channels} channels; use a number from 1 to {channels}.")
-    size = channels // groups
-    known, change = (
-        F.avg_pool2d(features[:, : size * groups], kernel_size=5, stride=2, padding=2).unflatten(1, (groups, size))
-        for features in (full(teacher), full(teacher) - full(student))
-    )  # (B, g, k, h', w') each; the difference is pooled, not the pooled maps subtracted, so that nothing cancels
-    total = 2 * known - change
-    lengths = torch.linalg.vector_norm(total, dim=2) * torch.linalg.vector_norm(change, dim=2)  # (B, g, h', w')
-    products = (total * change).sum(2)
-    return torch.linalg.vector_norm(torch.stack([lengths, products], dim=1).flatten(1), dim=1) / 2**0.5
-
-
-def context_distillation(teacher: Tensor, student: Tensor, groups: int, mask: Tensor | None = None) -> Tensor:
-    """LSKD's mask-guided context distillation (MCD) of pre_logits: `context_distance` of the masked features.
-
-    Args:
-        teacher: (B, c, h, w), pre_logits of the frozen teacher.
-        student: (B, c, h, w).
-        groups: number of channel groups (`--mmm`).
-        mask: from `utils.masks.tap_mask`, or None.
-
-    Returns:
-        Scalar, mean over images; `--aaaaaa` is not included.
-
-    Reference: LSKD, IEEE TIP 2024, mask-guided context distillation.
-    """
-    if mask is not None:
-        teacher, student = full(teacher) * mask, full(student) * mask
-    return context_distance(teacher, student, groups).mean()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.amp import full
+from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
 #: `--dis`: how a position of an erased view is compared with the whole view.
@@ -222,10 +222,10 @@ def tap_mask(
         ValueError: see `check_rule`.
     """
     check_rule(rule, distance)
-    teacher = full(teacher)
+    teacher = at_least_float32(teacher)
     if rule == "gt":
         return label_mask(labels, num_old, teacher.shape[-2:], teacher.dtype)
-    erased = (full(erased[0]), full(erased[1]))
+    erased = (at_least_float32(erased[0]), at_least_float32(erased[1]))
     shares = tuple(
         pixels(labels, num_old).to(teacher.dtype).mean((1, 2)) for pixels in (old_pixels, new_pixels)
     )  # each (B,)

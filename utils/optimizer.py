@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset.tasks import Task
+from utils.types import TaskLike
 
 
 def make_optimizer(
-    opts: Namespace, task: Task, model: nn.Module, extra: list[nn.Parameter], fused: bool
+    opts: Namespace, task: TaskLike, model: nn.Module, extra: list[nn.Parameter], fused: bool
 ) -> torch.optim.SGD:
     """SGD with Nesterov momentum over body, head, classifiers and the balancer's own parameters.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.amp import full
+from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
 #: `--pseudo`; besides these, `threshold_X` with a number X.
@@ -56,7 +56,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
     Reference: PLOP, eq. 9, whose sum over classes is a mean in the release; the release adds 1e-8 to C as well.
     """
-    probabilities = full(probabilities)
+    probabilities = at_least_float32(probabilities)
     spread = -(probabilities * (probabilities + 1e-8).log()).mean(1)
     return spread / math.log(probabilities.shape[1] + 1e-8)
 
@@ -96,7 +96,7 @@ def measure_pixels(teacher_logits: Tensor, measure: str, num_total: int) -> tupl
     Returns:
         (B, H, W) measure in [0, 1] and (B, H, W) predicted classes.
     """
-    probabilities = full(teacher_logits).softmax(1)
+    probabilities = at_least_float32(teacher_logits).softmax(1)
     largest, predicted = probabilities.max(1)
     value = entropy(probabilities) if measure == "entropy" else largest
     return value / max_value(measure, num_total), predicted

@@ -1,9 +1,10 @@
-"""The two structures every part of the program exchanges: what a forward pass returns, and what a loss looks at."""
+"""The structures that every part of the program exchanges: what a forward pass returns, what a loss reads, and what a task is to those
+who only name files after it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -65,3 +66,46 @@ class Batch:
         """This batch with the student's forward pass attached."""
         self.student = student
         return self
+
+
+class TaskLike(Protocol):
+    """The part of `dataset.tasks.Task` that checkpoints and results need; the packages below dataset/ cannot import the class."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Number of the step."""
+        ...
+
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """Class ids of each step."""
+        ...
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last step."""
+        ...
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """For each output channel the id of its label in the data set."""
+        ...
+
+    @property
+    def num_total(self) -> int:
+        """Number of classes known after the step."""
+        ...
+
+    def at(self, step: int) -> TaskLike:
+        """The same task at another step."""
+        ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import Method
 from methods.mib import MiB
-from utils.amp import full
+from utils.runtime.amp import at_least_float32
 from utils.types import Batch
 
 
@@ -33,6 +33,8 @@ class FeatureNorm(Method):
         """MiB's {"ce", "kd"} and, from step 1 on, {"norm"}."""
         terms = super().terms(batch)
         if batch.teacher is not None:
-            mine, theirs = (full(taps.pre_logits).norm(dim=1) for taps in (batch.student, batch.teacher))  # (B, h, w)
+            mine, theirs = (
+                at_least_float32(taps.pre_logits).norm(dim=1) for taps in (batch.student, batch.teacher)
+            )  # (B, h, w)
             terms["norm"] = self.opts.norm_factor * (mine - theirs).square().mean()
         return terms

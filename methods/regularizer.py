@@ -1,0 +1,314 @@
+"""Importance of weights: how much each parameter mattered to earlier steps, and the penalty on moving it.
+
+    penalty = Σ_p importance_p · (p − p_old)²,   importance min-max normalised per parameter tensor
+
+EWC measures importance by the Fisher information, path integral (PI) by how much each parameter lowered the loss on its way, RW by
+both. The three share this page; methods/ewc.py, pi.py and rw.py name them. State is keyed by official parameter names and carried
+from step to step; parameters of new classifiers join with importance 0, those that a step does not train keep theirs.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpointing import checkpoint_files
+
+#: Keeps the normalisation of a constant importance finite; the released value.
+RANGE_DAMPING = 1e-8
+#: Keeps the path integral finite where a parameter did not move.
+PATH_DAMPING = 1e-3
+#: The same for RW, whose denominator is a KL divergence.
+SCORE_DAMPING = 1e-8
+
+
+def normalised(importance: Tensor) -> Tensor:
+    """Importance scaled to [0, 1] by its own minimum and maximum; a constant tensor becomes 0."""
+    low, high = importance.min(), importance.max()
+    return (importance - low) / (high - low + RANGE_DAMPING)
+
+
+class Regularizer:
+    """Importance of earlier steps as a penalty, and the measurement of this step's.
+
+    Args:
+        model: the student, not wrapped.
+        previous: checkpoint of step t-1: "model_state" (p_old) and "trainer_state" with the importance; empty at step 0.
+        opts: reg_importance, reg_alpha, reg_iterations, reg_no_normalize.
+
+    Raises:
+        ValueError: the importance in `previous` cannot be that of its weights.
+    """
+
+    #: What it measures, in the order in which the penalty adds them up.
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+        self.opts = opts
+        self.old = _read_importance(previous, self.kinds)
+        measured = list(self.old)
+        #: Kinds of importance that step t-1 should have left and did not.
+        self.absent = [kind for kind in self.kinds if previous and kind not in measured]
+        self.anchor: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            importances = [self.old[kind][name] for kind in measured if name in self.old[kind]]
+            if parameter.requires_grad and importances:
+                shaped = [
+                    value.to(parameter) if opts.reg_no_normalize else normalised(value.to(parameter))
+                    for value in importances
+                ]
+                self.weights[name] = torch.stack(shaped).sum(dim=0)
+                self.anchor[name] = previous["model_state"][name].to(parameter)
+        self.current = {kind: self._start(model, kind) for kind in self.kinds}
+
+    def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
+        """What this step's measurement starts from."""
+        return {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def penalise(self, model: nn.Module) -> Tensor:
+        """Add the penalty's gradient to the parameters' and return its value.
+
+        Closed form instead of a second backward pass: no graph, and nothing that a distributed wrapper would reduce again. All
+        processes hold equal parameters and importances, so the gradient is equal everywhere.
+
+        Returns:
+            Scalar, `--reg_importance` included.
+        """
+        total = next(model.parameters()).new_zeros(())
+        for name, parameter in model.named_parameters():
+            if name in self.weights and parameter.grad is not None:
+                moved = parameter - self.anchor[name]
+                weighted = self.opts.reg_importance * self.weights[name] * moved
+                total += (weighted * moved).sum()
+                parameter.grad.add_(weighted, alpha=2.0)
+        return total
+
+    def update(self, model: nn.Module) -> None:
+        """Look at the loss's own gradients, before the penalty's are added."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Look at where the optimiser went."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Turn the measurement of this step into the importance that the next one reads."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importances by official parameter name."""
+        known = {kind: self.old.get(kind, {}) | _on_cpu(values) for kind, values in self.current.items()}
+        return {kind: checkpoint_files.with_prefix(values) for kind, values in known.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the measurement of an interrupted step."""
+        for kind, values in self.current.items():
+            _restore(values, checkpoint_files.without_prefix(state[kind]))
+
+
+def _read_importance(previous: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Importance by kind and parameter name, as far as step t-1 measured it.
+
+    A file is not to be trusted: importance that does not fit the weights beside it, or is no number, would end or ruin a training.
+    """
+    known: Any = previous
+    for key in ("trainer_state", "regularizer"):
+        known = known.get(key)
+        if known is None:
+            return {}
+        if not isinstance(known, dict):
+            raise _misfit(previous, f"{key} is a {type(known).__name__}, not a dictionary")
+    found = {}
+    for kind in kinds:
+        importance = known.get(kind)
+        if importance is None:
+            continue
+        if not isinstance(importance, dict) or not all(isinstance(name, str) for name in importance):
+            raise _misfit(previous, f"{kind} is no dictionary of parameter names")
+        found[kind] = checkpoint_files.without_prefix(importance)
+        found[kind].pop(checkpoint_files.LOSS_WEIGHTS, None)  # which official files have among the weights
+        for name, value in found[kind].items():
+            weight = previous["model_state"].get(name)
+            if weight is None or not isinstance(value, Tensor) or value.shape != weight.shape:
+                raise _misfit(previous, f"the {kind} of {name} has not the shape of its weight")
+            if not (value.is_floating_point() and bool(value.isfinite().all())):
+                raise _misfit(previous, f"the {kind} of {name} is not of finite numbers")
+    return found
+
+
+def _misfit(previous: dict[str, Any], what: str) -> ValueError:
+    file = previous.get("file", "the checkpoint of the previous step")
+    return ValueError(
+        f"--regularizer: {file} has no usable importance ({what}); train that step again with --regularizer, or go on without"
+    )
+
+
+def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in values.items()}
+
+
+def _restore(values: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        value.copy_(saved[name])
+
+
+def _carried(start: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old importance where a parameter is known, zeros where it is new."""
+    return {name: old[name].to(value).clone() if name in old else value for name, value in start.items()}
+
+
+class FisherRegularizer(Regularizer):
+    """EWC with a moving average of the squared gradients: F ← α g² + (1 − α) F, continued over all steps.
+
+    Reference: Kirkpatrick et al., PNAS 2017; online form as in Chaudhry et al. (RWalk), ECCV 2018, eq. 5, and in MiB's release.
+    """
+
+    kinds = ("fisher",)
+
+    def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
+        return _carried(super()._start(model, kind), self.old.get(kind, {}))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One moving-average step; gradients that overflowed in half precision are passed over."""
+        fisher = self.current["fisher"]
+        for name, parameter in model.named_parameters():
+            if name in fisher and parameter.grad is not None:
+                square = parameter.grad.square()
+                fisher[name].lerp_(torch.where(square.isfinite(), square, fisher[name]), self.opts.reg_alpha)
+
+
+class _PathMixin:
+    """Follows −g·Δp, the loss decrease that each parameter is responsible for."""
+
+    def _begin_path(self, model: nn.Module) -> None:
+        self.path = Regularizer._start(self, model, "path")
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters() if name in self.path}
+        self.gradients: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _remember_gradients(self, model: nn.Module) -> None:
+        self.gradients = {
+            n: p.grad.clone() for n, p in model.named_parameters() if n in self.path and p.grad is not None
+        }
+        self._here = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.gradients}
+
+    @torch.no_grad()
+    def _walk(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.gradients:
+                decrease = self.gradients[name] * (self._here[name] - parameter)
+                self.path[name].add_(torch.where(decrease.isfinite(), decrease, 0.0))
+
+
+class PathRegularizer(_PathMixin, Regularizer):
+    """Path integral: score = old score + max(0, Σ −g·Δp / ((p_end − p_start)² + ξ)).
+
+    Reference: Zenke et al., "Continual Learning Through Synaptic Intelligence", ICML 2017, eq. 4 and 5.
+    """
+
+    kinds = ("score",)
+
+    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+        super().__init__(model, previous, opts)
+        self._begin_path(model)
+
+    def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
+        return _carried(super()._start(model, kind), self.old.get(kind, {}))
+
+    def update(self, model: nn.Module) -> None:
+        """Keep the loss's gradients until the step is made."""
+        self._remember_gradients(model)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Add the decrease of this step."""
+        self._walk(model)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        """Divide the path by the distance gone."""
+        for name, parameter in model.named_parameters():
+            if name in self.path:
+                distance = (parameter - self.before[name]).square()
+                self.current["score"][name] += (self.path[name] / (distance + PATH_DAMPING)).clamp(min=0)
+                self.path[name].zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, and the path so far."""
+        return super().state_dict() | {"path": _on_cpu(self.path), "before": _on_cpu(self.before)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the path."""
+        super().load_state_dict(state)
+        _restore(self.path, state["path"])
+        _restore(self.before, state["before"])
+
+
+class RiemannianRegularizer(_PathMixin, FisherRegularizer):
+    """RW: Fisher information plus a score, the decrease of the loss per unit of KL divergence, read every few iterations.
+
+    After the step the score is averaged with that of earlier steps.
+
+    Reference: Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018, eq. 5, 7 and 8.
+    """
+
+    kinds = ("fisher", "score")
+
+    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+        super().__init__(model, previous, opts)
+        self._begin_path(model)
+        self.iterations = 0
+
+    def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
+        return super()._start(model, kind) if kind == "fisher" else Regularizer._start(self, model, kind)
+
+    def update(self, model: nn.Module) -> None:
+        """Fisher's moving average; keep the gradients until the step is made."""
+        super().update(model)
+        self._remember_gradients(model)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Add the decrease of this step; every `--reg_iterations` turn it into score."""
+        self._walk(model)
+        self.iterations += 1
+        if self.iterations % self.opts.reg_iterations == 0:
+            self._score(model)
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.path:
+                divergence = 0.5 * self.current["fisher"][name] * (parameter - self.before[name]).square()
+                self.current["score"][name] += (self.path[name] / (divergence + SCORE_DAMPING)).clamp(min=0)
+                self.path[name].zero_()
+                self.before[name].copy_(parameter)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        """Average the score with that of earlier steps."""
+        self._score(model)
+        for name, score in self.current["score"].items():
+            old = self.old.get("score", {}).get(name)
+            if old is not None:
+                score.add_(old.to(score)).mul_(0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importances, and the path so far."""
+        extra = {"path": _on_cpu(self.path), "before": _on_cpu(self.before), "iterations": self.iterations}
+        return super().state_dict() | extra
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the path."""
+        super().load_state_dict(state)
+        _restore(self.path, state["path"])
+        _restore(self.before, state["before"])
+        self.iterations = state["iterations"]
+
+
+REGULARIZERS: dict[str, type[Regularizer]] = {
+    "ewc": FisherRegularizer,
+    "pi": PathRegularizer,
+    "rw": RiemannianRegularizer,
+}

@@ -1,0 +1,335 @@
+"""What scripts/benchmark measures: networks on a synthetic batch, synthetic files, clocks and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import platform
+import resource
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import argparser
+import methods
+from dataset.tasks import Task
+from modules.atrous import AtrousConv2d
+from modules.fold import fold_frozen
+from modules.norm import ABN
+from modules.resnet import Stem
+from run import options_of_step
+from segmentation_module import SegmentationModel, make_model
+from train import Trainer
+from utils.reporting.logger import Logger
+from utils.types import IGNORE
+
+#: Teacher passes that a method cannot do without: LSKD's whole image and its two erased views, one for the others.
+TEACHER_PASSES = {"LSKD": 3}
+#: Size of the pictures of VOC, which the synthetic files imitate.
+VOC_SIZE = (500, 375)
+#: Different pictures among the synthetic files; the others are links to them.
+DISTINCT = 40
+
+
+class Clock:
+    """Seconds of a call.
+
+    Args:
+        device: a CUDA device is waited for.
+        kind: "wall", or "cpu" for the processor time of this process, which other programs on the machine move less.
+    """
+
+    def __init__(self, device: torch.device, kind: str = "wall") -> None:
+        self.device = device
+        self.now = time.process_time if kind == "cpu" else time.perf_counter
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Seconds that the call takes."""
+        self._wait()
+        start = self.now()
+        call()
+        self._wait()
+        return self.now() - start
+
+    def in_turn(self, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+        """Seconds of each call, one after the other in every round, so that a slow minute of the machine meets all.
+
+        Args:
+            calls: by name.
+            repeats: rounds that count; one more goes before them, for caches and lazy set-up.
+        """
+        rounds = [{name: self.seconds(call) for name, call in calls.items()} for _ in range(repeats + 1)]
+        return {name: [one[name] for one in rounds[1:]] for name in calls}
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What the numbers depend on: processor or GPU, threads, versions, and how busy the machine is."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    load = round(os.getloadavg()[0], 2)
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": load,
+    }
+
+
+def peak_mb(device: torch.device) -> float:
+    """Largest memory of this process so far in MiB: of the GPU's allocator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration):
+        # On Linux getrusage hands down the peak of the parent process, the status file does not.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    unit = 2**20 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# ------------------------------------------------------------------- networks
+
+
+def options(arguments: Namespace, fast: bool = True) -> Namespace:
+    """Options of run.py for a measured iteration.
+
+    Args:
+        arguments: of the benchmark.
+        fast: with its precision, memory layout and compilation; otherwise eager float32.
+
+    Raises:
+        ValueError: options that cannot work together.
+    """
+    words = ["--method", arguments.method, "--backbone", arguments.backbone, "--norm_act", arguments.norm_act]
+    words += ["--crop_size", str(arguments.crop_size), "--batch_size", str(arguments.batch_size)]
+    words += ["--no_pretrained", "--no_progress", "--device", arguments.device]
+    words += [
+        "--dataset",
+        "shapes",
+        "--task",
+        "6-2",
+        "--step",
+        "1",
+    ]  # stand-ins: the measured step is a `Task` of its own
+    words += ["--tap_schemes", arguments.tap_schemes] if arguments.tap_schemes else []
+    if fast:
+        words += ["--opt_level", "O1", "--amp_dtype", arguments.amp_dtype] if arguments.amp_dtype else []
+        words += [flag for flag in ("--channels_last", "--compile") if getattr(arguments, flag[2:])]
+    opts = argparser.parse(words)
+    argparser.check(opts)
+    return opts
+
+
+def synthetic_batch(arguments: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normalised noise, and labels with a box of new classes, a border that is ignored, and background elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    batch, size, old = arguments.batch_size, arguments.crop_size, arguments.old_classes
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    labels = torch.zeros(batch, size, size, dtype=torch.int64)
+    for label in labels:
+        box = slice(size // 4, 3 * size // 4)
+        label[box, box] = old + int(torch.randint(arguments.new_classes, (1,), generator=generator))
+        label[size // 4 - size // 32 : size // 4, box] = IGNORE
+    return images.to(device), labels.to(device)
+
+
+def plain(model: SegmentationModel) -> SegmentationModel:
+    """The network of ordinary operations: all nine taps of every dilated conv, pooling in the default memory layout."""
+    for module in model.modules():
+        if isinstance(module, AtrousConv2d):
+            module.__class__ = nn.Conv2d
+        elif isinstance(module, Stem):
+            module.__class__ = nn.Sequential
+    return model
+
+
+def plain_logits(model: SegmentationModel, images: Tensor) -> Tensor:
+    """(B, C, H, W) logits of a plain network, upsampled by the ordinary operation."""
+    small = model.cls(model.head(model.body(images)[0]))
+    return F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+class Workbench:
+    """The networks and the trainer of one step of a method, on a synthetic batch, without data loading.
+
+    Args:
+        arguments: of the benchmark.
+        device: where to compute.
+        fast: see `options`.
+        parts: "floor", "iteration" or both; what is not measured is not built, so that it takes no memory.
+    """
+
+    def __init__(self, arguments: Namespace, device: torch.device, fast: bool = True,
+                 parts: tuple[str, ...] = ("floor", "iteration")):  # fmt: skip
+        opts = options(arguments, fast)
+        old, new = arguments.old_classes, arguments.new_classes
+        steps = (tuple(range(old)), tuple(range(old, old + new)))
+        self.task = Task("voc", f"{old}-{new}", 1, steps)
+        self.opts = options_of_step(opts, self.task)
+        self.device = device
+        self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
+        torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = True
+        self.images, self.labels = synthetic_batch(arguments, device)
+        method = methods.build(self.opts, self.task)
+        teacher = self._plain_teacher() if method.needs_teacher else None
+        self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
+        self.student = self._student(teacher)
+        method.attach(self.student, {})
+        self.teacher = self.plain_teacher = self.plain_student = None
+        if "floor" in parts:
+            # Alone, the floor's networks are not kept twice: its memory is measured too
+            copied = (lambda network: network) if parts == ("floor",) else copy.deepcopy
+            self.teacher = teacher
+            self.plain_teacher = None if teacher is None else plain(copied(teacher))
+            self.plain_student = plain(copied(self.student))
+        self.trainer = None
+        if "iteration" in parts:
+            folded = None if teacher is None else fold_frozen(teacher, in_place="floor" not in parts)
+            self.trainer = Trainer(self.opts, self.task, method, self.student, folded, device, Logger(progress=False))
+            method.begin_step([(self.images, self.labels)], folded, device)
+            self.trainer.start(iterations_per_epoch=1000)
+            self.trainer.model.train()
+
+    def _plain_teacher(self) -> SegmentationModel:
+        """The frozen model of the step before, its statistics those of the batch: untrained ones would overflow."""
+        teacher = make_model(self.opts, self.task.at(0).classes_per_step, pretrained=False).to(self.device)
+        momenta = {norm: norm.momentum for norm in teacher.modules() if isinstance(norm, ABN)}
+        with torch.no_grad():
+            for norm in momenta:
+                norm.momentum = 1.0
+            teacher(self.images)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        return teacher.eval().requires_grad_(False).to(memory_format=self.layout)
+
+    def _student(self, teacher: nn.Module | None) -> SegmentationModel:
+        student = make_model(self.opts, self.task.classes_per_step, pretrained=False).to(self.device)
+        if teacher is not None:
+            student.load_state_dict(teacher.state_dict(), strict=False)
+            student.init_new_classifier()
+        return student.to(memory_format=self.layout).train()
+
+    def floor(self) -> None:
+        """Passes of plain networks: teacher, student forward and backward; no optimiser step."""
+        self._passes(self.plain_teacher, self.plain_student, plain_logits)
+
+    def own_floor(self) -> None:
+        """The same passes through this program's networks, norms not folded."""
+        self._passes(self.teacher, self.student, lambda network, images: network(images).logits)
+
+    def _passes(self, teacher: nn.Module, student: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        student.zero_grad(set_to_none=True)
+        images = self.images.contiguous(memory_format=self.layout)
+        amp = torch.bfloat16 if self.opts.amp_dtype == "bfloat16" else torch.float16
+        with torch.autocast(self.device.type, dtype=amp, enabled=self.opts.opt_level != "O0"):
+            with torch.no_grad():
+                for _ in range(self.passes):
+                    logits_of(teacher, images)
+            logits = logits_of(student, images)
+        F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE).backward()
+
+    def iteration(self) -> None:
+        """`Trainer.train_iteration`, the data on the device."""
+        assert self.trainer.train_iteration(self.images, self.labels), "the iteration was skipped"
+
+    def optimizer_step(self) -> None:
+        """The optimiser's step alone, on the gradients of the last iteration."""
+        self.trainer.optimizer.step()
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_files(root: Path, count: int) -> None:
+    """A data set in the layout of VOC: photograph-like JPEGs of 500×375 with masks of a few boxes.
+
+    Args:
+        root: what becomes `--data_root`.
+        count: number of images in each of the two splits.
+    """
+    base = root / "PascalVOC12"
+    images, masks, splits = base / "VOCdevkit/VOC2012/JPEGImages", base / "SegmentationClassAug", base / "splits"
+    for folder in (images, masks, splits):
+        folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        image, mask = images / f"{number:05}.jpg", masks / f"{number:05}.png"
+        if number < DISTINCT:
+            jpeg, png = _picture(random)
+            image.write_bytes(jpeg)
+            mask.write_bytes(png)
+        else:
+            os.link(images / f"{number % DISTINCT:05}.jpg", image)
+            os.link(masks / f"{number % DISTINCT:05}.png", mask)
+    lines = "".join(f"/JPEGImages/{n:05}.jpg /SegmentationClassAug/{n:05}.png\n" for n in range(count))
+    for split in ("train_aug", "train", "val"):
+        (splits / f"{split}.txt").write_text(lines)
+
+
+def _picture(random: np.random.Generator) -> tuple[bytes, bytes]:
+    """JPEG of about 100 kB, as in VOC (coarse noise under fine noise), and the PNG of its mask."""
+    width, height = VOC_SIZE
+    coarse = Image.fromarray(random.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(VOC_SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
+    image = (smooth + random.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+    mask = np.zeros((height, width), dtype=np.uint8)
+    # Every mask shows a class of both steps of 15-5, so that all images belong to the measured step.
+    for class_id in (int(random.integers(1, 16)), int(random.integers(16, 21))):
+        top, left = int(random.integers(0, height // 2)), int(random.integers(0, width // 2))
+        box = (slice(top, top + height // 3), slice(left, left + width // 3))
+        mask[box] = IGNORE
+        mask[box][3:-3, 3:-3] = class_id
+    streams = io.BytesIO(), io.BytesIO()
+    Image.fromarray(image).save(streams[0], "JPEG", quality=90)
+    Image.fromarray(mask).save(streams[1], "PNG")
+    return streams[0].getvalue(), streams[1].getvalue()
+
+
+def ratios(floor: list[float], iteration: list[float]) -> dict[str, float]:
+    """Medians, the ratio of the medians, and the smallest and largest ratio of a pair.
+
+    Args:
+        floor: seconds by round.
+        iteration: seconds of the same rounds.
+    """
+    pairs = [b / a for a, b in zip(floor, iteration, strict=True)]
+    middle_floor, middle_iteration = statistics.median(floor), statistics.median(iteration)
+    return {
+        "floor_s": middle_floor,
+        "iteration_s": middle_iteration,
+        "ratio": middle_iteration / middle_floor,
+        "pair_ratio_median": statistics.median(pairs),
+        "pair_ratio_min": min(pairs),
+        "pair_ratio_max": max(pairs),
+    }

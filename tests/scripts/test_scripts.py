@@ -1,0 +1,187 @@
+"""The shell scripts: clean for shellcheck, and every command line they would run is one that run.py accepts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import argparser
+from dataset import tasks
+from scripts import average_csv
+from tests.support.paths import ROOT
+
+SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")])
+SCHEDULES = [path for path in SHELL if path.parent.name in ("voc", "ade", "cityscapes")]
+DATASETS = {"voc": "voc", "ade": "ade", "cityscapes": "cityscapes_domain"}
+
+#: Stands in for an interpreter or a launcher: notes its arguments, a JSON list a line, and does nothing. Its second line is a command to
+#: the shell and a string to Python: the first line of a script could not hold an interpreter whose path has a space.
+RECORDER = """#!/bin/sh
+''''exec "{python}" "$0" "$@" # '''
+import json, os, sys
+with open(os.environ["RECORD"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_shellcheck(path):
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    assert shellcheck, "shellcheck is missing: pip install -r requirements.txt"
+    found = subprocess.run([shellcheck, "-x", name_of(path)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_scripts_can_be_started(path):
+    executable = os.access(path, os.X_OK)
+    assert executable == (path.name not in ("common.sh",)) or path.suffix == ".sbatch"
+    assert path.suffix == ".sbatch" or path.name == "common.sh" or "set -euo pipefail" in path.read_text()
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The scripts in a folder whose name has a space, with stand-ins for everything they start."""
+    folder = tmp_path / "my project"
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "my data").mkdir()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("python", "srun", "torchrun"):
+        (tools / tool).write_text(RECORDER.format(python=sys.executable))
+        (tools / tool).chmod(0o755)
+    (tools / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    (tools / "scontrol").chmod(0o755)
+    return folder
+
+
+def commands(project, script, *words, **variables):
+    """What a script starts, run from another folder: a list of words each."""
+    record = project / "record"
+    record.unlink(missing_ok=True)
+    tools = project.parent / "tools"
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "RECORD": str(record)}
+    subprocess.run([str(project / script), *words], cwd=project.parent, env={**environment, **variables}, check=True)
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def parsed(command):
+    """The options of a recorded start of run.py, after its checks."""
+    opts = argparser.parse(command[command.index("run.py") + 1 :])
+    opts.step_ckpt = None  # a file that the stand-ins do not write
+    argparser.check(opts)
+    return opts
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        pytest.param(path, method, id=f"{name_of(path)}-{method}")
+        for path in SCHEDULES
+        for method in ("PLOP", "LSKD", "MiB" if path.parent.name != "cityscapes" else "FT")
+    ],
+)
+def test_schedules_run_every_step_of_their_task(path, method, project, monkeypatch):
+    monkeypatch.chdir(project)
+    *steps, summary = commands(project, name_of(path), METHOD=method, DATA_ROOT="my data", DATE="d")
+    dataset, task = DATASETS[path.parent.name], path.stem
+    options = [parsed(command) for command in steps]
+    assert [opts.step for opts in options] == [[step] for step in range(tasks.load(dataset, task, 0).last_step + 1)]
+    assert {(opts.dataset, opts.task, opts.method, opts.data_root) for opts in options} == {
+        (dataset, task, method, "my data")
+    }
+    assert [opts.lr for opts in options] == [[0.01]] + [[0.001]] * (len(options) - 1)
+    assert all(opts.overlap == (dataset != "cityscapes_domain") and opts.resume for opts in options)
+    assert all(2 * opts.batch_size == 24 for opts in options)
+    assert "--nproc_per_node=2" in steps[0]
+    assert summary == ["python", "scripts/average_csv.py", f"results/d_{dataset}_{task}_{method}.csv"]
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("PLOP", [30, 10]), ("LSKD", [30, 20])])
+def test_epochs_of_voc_10_1(method, epochs, project, monkeypatch):
+    monkeypatch.chdir(project)
+    steps = commands(project, "scripts/voc/10-1.sh", METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
+    assert [parsed(command).epochs for command in steps] == epochs
+
+
+def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):
+    monkeypatch.chdir(project)
+    given = {"STEPS": "1 2", "STEP0_CKPT": "my base.pth", "GPUS": "4", "SEED": "7", "EPOCHS": "3", "PRETRAINED": ""}
+    given |= {"DATA_ROOT": "my data", "NAME": "my run", "OPT_LEVEL": "O0"}
+    words = ("--backbone", "resnet50", "--no_pretrained")
+    first, second, _ = commands(project, "scripts/voc/15-5s.sh", *words, **given)
+    assert first[first.index("--step_ckpt") + 1] == "my base.pth" and "--step_ckpt" not in second
+    opts = parsed(first)
+    assert (opts.backbone, opts.batch_size, opts.random_seed, opts.epochs) == ("resnet50", 6, 7, 3)
+    assert (opts.name, opts.opt_level, opts.pretrained, opts.no_pretrained) == ("my run", "O0", None, True)
+
+
+def test_slurm_example(project, monkeypatch):
+    monkeypatch.chdir(project)
+    script = "scripts/slurm/voc_15-5s.sbatch"
+    (project / script).chmod(0o755)
+    job = {"SLURM_JOB_ID": "812", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    steps = commands(project, script, SLURM_SUBMIT_DIR=str(project), DATA_ROOT="my data", METHOD="LSKD", **job)
+    assert [parsed(command).step for command in steps] == [[step] for step in range(6)]
+    assert steps[0][:2] == ["srun", "torchrun"]
+    assert {"--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=node1:20812"} <= set(steps[0])
+    assert parsed(steps[0]).batch_size == 3 and parsed(steps[0]).date == "job812"
+
+
+# ------------------------------------------------------------------ average_csv
+
+ROWS = "0,0.9,0.7,x,x,0.8\n1,0.8,0.6,0.4,x,0.6\n2,0.7,0.5,0.1,0.3,0.4\n"
+
+
+def test_average_csv_by_hand(tmp_path, capsys):
+    (tmp_path / "run.csv").write_text(ROWS)
+    summary = average_csv.summarise(average_csv.read(tmp_path / "run.csv"))
+    assert summary["step"] == 2
+    assert summary["final"] == 0.4
+    assert summary["average"] == pytest.approx((0.8 + 0.6 + 0.4) / 3)
+    assert summary["old"] == pytest.approx((0.7 + 0.5) / 2)
+    assert summary["new"] == pytest.approx((0.1 + 0.3) / 2)
+    assert average_csv.main([str(tmp_path / "run.csv")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Last Step: 2",
+        "Final Mean IoU 40.00",
+        "Average Mean IoU 60.00",
+        "Mean IoU first 60.00",
+        "Mean IoU last 20.00",
+    ]
+
+
+def test_average_csv_takes_rows_in_any_order_and_the_last_of_a_step(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("1,0.1,0.1,0.1\n\n0,0.5,X,0.5\n1,0.4,0.2,0.3\n")
+    summary = average_csv.summarise(average_csv.read(path))
+    assert (summary["old"], summary["new"], summary["final"]) == (0.4, 0.2, 0.3)
+
+
+def test_average_csv_without_new_classes(tmp_path, capsys):
+    (tmp_path / "run.csv").write_text("0,0.5,0.7,0.6\n")
+    assert average_csv.main([str(tmp_path / "run.csv")]) == 0
+    assert capsys.readouterr().out.endswith("Mean IoU first 60.00\nMean IoU last -\n")
+
+
+@pytest.mark.parametrize("text", ["", "step,a,b\n", "0,0.5\n", "0,0.5,0.5\n1,0.5,0.5,0.5\n", "0,y,0.5\n"])
+def test_average_csv_refuses_what_is_no_result(text, tmp_path, capsys):
+    (tmp_path / "run.csv").write_text(text)
+    assert average_csv.main([str(tmp_path / "run.csv")]) == 2
+    assert str(tmp_path / "run.csv") in capsys.readouterr().err
+
+
+def test_average_csv_runs_as_a_script(tmp_path):
+    missing = subprocess.run(
+        [sys.executable, ROOT / "scripts/average_csv.py", tmp_path / "none.csv"], capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert "none.csv" in missing.stderr and "Traceback" not in missing.stderr

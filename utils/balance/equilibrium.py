@@ -1,0 +1,294 @@
+"""How named loss terms become one loss: a plain sum, or LSKD's weights λ balanced by gradients.
+
+taps = balancer.detach_taps(taps)           # what the losses look at
+...
+loss = balancer.combine(terms)      # Σ λ_i ℓ_i
+loss.backward()
+balancer.after_backward()           # puts ∂L̃/∂λ where the optimiser finds it
+...
+balancer.end_epoch()                # λ rescaled to sum to the number of terms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from utils.balance.detached_taps import DetachedTaps, TapGradients, mean_gradient, weighted_sum
+from utils.runtime import distributed
+from utils.types import Taps
+
+#: Factor of the gradient-equilibrium part of L̃ against its two regularisers.
+EQUILIBRIUM_FACTOR = 10.0
+#: A deeper tap is to weigh at least this much more than the one before it.
+DEPTH_RATIO = 1.25
+
+
+class Sum:
+    """The loss is the sum of its terms: every method but LSKD."""
+
+    #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
+    needs_partial_backward = False
+
+    def detach_taps(self, taps: Taps) -> Taps:
+        """What the losses are to look at: the taps themselves."""
+        return taps
+
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+        """Σ_i ℓ_i.
+
+        Args:
+            terms: scalars by name.
+
+        Returns:
+            Scalar.
+        """
+        return torch.stack([value.reshape(()) for value in terms.values()]).sum()
+
+    def after_backward(self) -> None:
+        """Nothing to balance."""
+
+    def end_epoch(self) -> None:
+        """Nothing to rescale."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Nothing to optimise."""
+        return []
+
+    @property
+    def loss_weights(self) -> Tensor | None:
+        """What the checkpoint keeps as λ: that of the previous step, so that a step of another method does not lose it."""
+        return self._inherited
+
+    def inherit(self, weights: Tensor | None) -> None:
+        """Hand on λ of the previous step."""
+        self._inherited = weights
+
+    _inherited: Tensor | None = None
+
+    def log_values(self) -> dict[str, Tensor]:
+        """Nothing to log."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
+@dataclass(frozen=True)
+class BalancedTerm:
+    """One term under gradient equilibrium.
+
+    Attributes:
+        name: the term's name in the dictionary of losses.
+        watched: W_i, the one parameter whose gradient measures the term.
+        group: "A" (what the classifiers see) or "B" (shallow taps); each group is balanced for itself.
+        depth: place in the chain of taps of increasing depth, or None for terms outside it.
+    """
+
+    name: str
+    watched: nn.Parameter
+    group: str
+    depth: int | None = None
+
+
+@dataclass
+class _Measured:
+    """What one iteration measured, averaged over processes: plain vectors over the terms."""
+
+    losses: Tensor
+    mean_gradients: Tensor
+    gradients: Tensor = field(init=False)
+    ratios: Tensor = field(init=False)
+
+
+class GradientEquilibrium:
+    """Regularised gradient equilibrium (RGE): λ is not trained by the loss it weighs.
+
+    With G_i = λ_i · mean(∂ℓ_i/∂W_i), L_i(0) the value of ℓ_i at the last iteration of epoch 0, and in each group
+    ρ_i = (ℓ_i/L_i(0)) / mean over the group, Ḡ = mean of G_i:
+
+        L̃ = 10 Σ_i |G_i − Ḡ ρ_i^α| + γ |λ_ce − (C_new/C_old) λ_kd| + β Σ_k max(0, 1.25 λ_k − λ_{k+1}),
+
+    the last sum over taps of increasing depth. Ḡ and ρ are constants to the gradient, G_i is linear in λ_i, so ∂L̃/∂λ has a closed
+    form. λ belongs to the optimiser (weight decay included) and is rescaled to sum to the number of terms after every epoch.
+
+    Args:
+        terms: in the order of λ.
+        alpha, beta, gamma: α, β, γ.
+        class_ratio: C_new / C_old.
+        dtype: of λ.
+
+    Reference: LSKD (IEEE TIP 2024), regularised gradient equilibrium. The release gives each process its own gradients and
+    losses, and λ drifts apart; here they are averaged over processes first. With one process nothing changes.
+    """
+
+    needs_partial_backward = True
+
+    def __init__(self, terms: Sequence[BalancedTerm], alpha: float, beta: float, gamma: float, class_ratio: float,
+                 dtype: torch.dtype = torch.float32):  # fmt: skip
+        self.terms = tuple(terms)
+        self.names = tuple(term.name for term in self.terms)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.class_ratio = class_ratio
+        device = self.terms[0].watched.device
+        self.weights = nn.Parameter(torch.ones(len(self.terms), dtype=dtype, device=device))
+        self.initial_losses = torch.zeros(len(self.terms), dtype=dtype, device=device)
+        self.epoch = 0
+        #: Multiplies the losses while their gradients are measured; float16 would lose small ones without it.
+        self.gradient_scale = 1.0
+        self._group_rows = self._rows_of_groups(device)
+        self._depth_pairs = self._pairs_of_depth(device)
+        self._measured: _Measured | None = None
+        self._detached = DetachedTaps()
+
+    def _rows_of_groups(self, device: torch.device) -> Tensor:
+        """(n, n) matrix that averages a vector of terms over each group and hands the mean back to its members."""
+        groups = [term.group for term in self.terms]
+        same = [[float(a == b) for b in groups] for a in groups]
+        same = torch.tensor(same, dtype=self.weights.dtype, device=device)  # n×n
+        return same / same.sum(dim=1, keepdim=True)
+
+    def _pairs_of_depth(self, device: torch.device) -> Tensor:
+        """(2, pairs) indices of neighbouring taps, shallower first."""
+        chain = sorted((term.depth, row) for row, term in enumerate(self.terms) if term.depth is not None)
+        rows = [row for _, row in chain]
+        return torch.tensor([rows[:-1], rows[1:]], dtype=torch.int64, device=device).reshape(2, -1)
+
+    def detach_taps(self, taps: Taps) -> Taps:
+        """What the losses are to look at: leaves in the place of the taps, see `utils.balance.detached_taps`."""
+        self._detached = DetachedTaps(taps)
+        return self._detached.taps
+
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+        """Σ λ_i ℓ_i, with λ a constant; measures mean(∂ℓ_i/∂W_i) on the way, while the graph is there.
+
+        Args:
+            terms: scalars by name; all balanced ones, and any others, which enter with weight 1.
+
+        Returns:
+            Scalar.
+        """
+        missing = sorted(set(self.names) - set(terms))
+        assert not missing, f"balanced terms {missing} are missing"
+        ordered = [terms[name].reshape(()) for name in self.names]
+        ordered += [value.reshape(()) for name, value in terms.items() if name not in self.names]
+        balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
+        # Each loss by itself: from a stack of them the way back would lead into the graphs of all
+        slopes = [self._detached.slopes(loss * self.gradient_scale) for loss in ordered]
+        if any(slopes):
+            self._measure(balanced, slopes)
+        self._detached = DetachedTaps()  # lets go of the taps: the logits at full size are needed no more
+        weights = self.weights.detach().to(balanced.dtype)
+        value = (weights * balanced).sum() + sum(loss.detach() for loss in ordered[len(self.terms) :])
+        weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
+        return weighted_sum(value, slopes, weights / self.gradient_scale)
+
+    def _measure(self, losses: Tensor, slopes: Sequence[TapGradients]) -> None:
+        means = [mean_gradient(slope, term.watched) for slope, term in zip(slopes, self.terms)]
+        packed = torch.stack([losses, torch.stack(means) / self.gradient_scale]).to(self.weights.dtype)  # 2×n
+        losses_now, mean_gradients = distributed.mean_(packed).unbind()
+        self._measured = _Measured(losses_now, mean_gradients)
+
+    def after_backward(self) -> None:
+        """Put ∂L̃/∂λ into λ's gradient."""
+        measured = self._measured
+        if measured is None:
+            return
+        weights = self.weights.detach()
+        if self.epoch == 0:
+            self.initial_losses = measured.losses.clone()
+        gradients = weights * measured.mean_gradients
+        ratios = self._ratios(measured.losses)
+        target = (self._group_rows @ gradients) * ratios**self.alpha
+        measured.gradients, measured.ratios = gradients, ratios
+        slope = EQUILIBRIUM_FACTOR * torch.sign(gradients - target) * measured.mean_gradients
+        # float16 may overflow in the gradient of one term where it does not in that of the sum
+        slope = torch.where(measured.mean_gradients.isfinite().all(), slope, 0.0)
+        self.weights.grad = slope + self._regulariser_gradient(weights)
+
+    def _ratios(self, losses: Tensor) -> Tensor:
+        """ρ_i = (ℓ_i/L_i(0)) / mean of that over the group.
+
+        A term that was absent from the start (no pixel of its kind) has progress 1, a group of which nothing is left has ρ = 1, and a
+        loss below 0 (released --pseudo_soft) counts as 0: no 0/0, and no root of a negative number.
+        """
+        progress = losses / self.initial_losses
+        progress = torch.where(progress.isfinite(), progress, 1.0).clamp(min=0)
+        average = self._group_rows @ progress
+        return torch.where(average > 0, progress / average, 1.0)
+
+    def _regulariser_gradient(self, weights: Tensor) -> Tensor:
+        gradient = torch.zeros_like(weights)
+        if "ce" in self.names and "kd" in self.names:
+            ce, kd = self.names.index("ce"), self.names.index("kd")
+            sign = torch.sign(weights[ce] - self.class_ratio * weights[kd])
+            gradient[ce] += self.gamma * sign
+            gradient[kd] -= self.gamma * self.class_ratio * sign
+        shallow, deep = self._depth_pairs
+        violated = self.beta * (DEPTH_RATIO * weights[shallow] - weights[deep] > 0).to(weights.dtype)
+        gradient.index_add_(0, shallow, DEPTH_RATIO * violated)
+        gradient.index_add_(0, deep, -violated)
+        return gradient
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Rescale λ to sum to the number of terms, and fix L_i(0) after epoch 0."""
+        self.weights *= len(self.terms) / self.weights.sum()
+        self.epoch += 1
+
+    def parameters(self) -> list[nn.Parameter]:
+        """λ, for the optimiser."""
+        return [self.weights]
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """λ, for the checkpoint."""
+        return self.weights.detach()
+
+    @torch.no_grad()
+    def inherit(self, weights: Tensor | None) -> None:
+        """Start from λ of the previous step, where it balanced as many terms."""
+        if weights is not None and weights.shape == self.weights.shape:
+            self.weights.copy_(weights)
+
+    def log_values(self) -> dict[str, Tensor]:
+        """λ_i, G_i, ℓ_i and ρ_i of the last iteration by name, as 0-d tensors."""
+        values = {f"lambda/{name}": weight for name, weight in zip(self.names, self.weights.detach().clone())}
+        if self._measured is not None and hasattr(self._measured, "ratios"):
+            for kind, vector in (
+                ("gradient", self._measured.gradients),
+                ("loss", self._measured.losses),
+                ("rho", self._measured.ratios),
+            ):
+                values |= {f"{kind}/{name}": value for name, value in zip(self.names, vector)}
+        return values
+
+    def state_dict(self) -> dict:
+        """λ, L_i(0), the names they belong to, the epoch, and what the last iteration measured, which is logged at the epoch's end."""
+        measured = self._measured if hasattr(self._measured, "ratios") else None
+        return {
+            "names": list(self.names),
+            "weights": self.weights.detach().cpu().clone(),
+            "initial_losses": self.initial_losses.cpu().clone(),
+            "epoch": self.epoch,
+            "measured": {name: value.cpu().clone() for name, value in vars(measured).items()} if measured else None,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        assert tuple(state["names"]) == self.names, "the balanced terms changed between checkpoint and run"
+        self.weights.copy_(state["weights"])
+        self.initial_losses = state["initial_losses"].to(self.initial_losses)
+        self.epoch = state["epoch"]
+        if state["measured"] is not None:
+            vectors = {name: value.to(self.initial_losses) for name, value in state["measured"].items()}
+            self._measured = _Measured(vectors["losses"], vectors["mean_gradients"])
+            self._measured.gradients, self._measured.ratios = vectors["gradients"], vectors["ratios"]

@@ -1,0 +1,397 @@
+"""Where a run keeps its checkpoints, what is in them, and whether the checkpoint of step t-1 fits the step to be trained."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from utils.checkpointing import checkpoint_files
+from utils.checkpointing.structure import PART_OF_FILE_NAME, scales_in_place
+from utils.types import TaskLike
+
+#: What must be the same at all steps, because it shapes the network or says what its weights mean.
+NETWORK_OPTIONS = ("backbone", "norm_act", "output_stride", "cosine", "nb_background_modes")
+
+#: States of a step under way: the last, the one before it, and the one that is being written.
+STATES = 3
+
+#: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
+LOCK_SECONDS = 1.25
+
+#: Number of λ in the official checkpoints, which hold them for every method.
+OFFICIAL_LOSS_WEIGHTS = 9
+
+
+class Store:
+    """The checkpoint files of a task under one name.
+
+    Args:
+        opts: checkpoint (folder), name, step_ckpt.
+        task: any step of the task.
+
+    Reference: file names and dictionary keys of the official programs, `<task>-<dataset>_<name>_<step>.pth`.
+    """
+
+    def __init__(self, opts: Namespace, task: TaskLike):
+        self.opts = opts
+        self.task = task
+        self.folder = Path(opts.checkpoint)
+        #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
+        self.damage = ""
+
+    def finished(self, step: int) -> Path:
+        """Checkpoint of a finished step."""
+        return self.folder / f"{self.task.name}-{self.task.dataset}_{self.opts.name}_{step}.pth"
+
+    def unfinished(self, step: int) -> Path:
+        """State of a step under way, for `--resume`."""
+        return self.finished(step).with_suffix(".resume.pth")
+
+    def before_unfinished(self, step: int) -> Path:
+        """The state before that one, in case the disk damages it."""
+        return self.finished(step).with_suffix(".resume.before.pth")
+
+    def interrupted(self) -> bool:
+        """Whether a run of this step was begun and did not finish."""
+        step = self.task.step
+        return self.unfinished(step).is_file() or self.before_unfinished(step).is_file()
+
+    def previous(self) -> Path:
+        """Checkpoint that the teacher of this step is read from."""
+        if self.opts.step_ckpt is not None and self.task.step == self.opts.step[0]:
+            return Path(self.opts.step_ckpt)
+        return self.finished(self.task.step - 1)
+
+    def _lock_path(self) -> Path:
+        return self.folder / f".{self.finished(self.task.step).stem}.lock"
+
+    def lock(self) -> FileLock:
+        """A lock on this name and step, released when the process ends, however it ends.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        path = self._lock_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise ValueError(
+                f"another run named {self.opts.name!r} trains step {self.task.step} of {self.task.name} into {self.folder}; "
+                "wait for it, or choose another --name or --checkpoint"
+            ) from error
+        return lock
+
+    def check_writable(self, *folders: str) -> None:
+        """Make the folders of checkpoints and outputs, before a day of training ends on one that cannot be written.
+
+        Raises:
+            ValueError: naming the folder, or what stands where a file belongs.
+        """
+        for folder in (self.folder, *map(Path, folders)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):  # nameless: nothing is left behind, however the process ends
+                    pass
+            except OSError as error:
+                raise ValueError(
+                    f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
+                ) from error
+        step = self.task.step
+        checkpoint_files.require_places(
+            self._lock_path(), self.finished(step), self.unfinished(step), self.before_unfinished(step)
+        )
+
+    def require_space(self, size: int) -> None:
+        """Refuse to start what the disk has no room for: the states of this step, and the checkpoints of those that follow it.
+
+        Args:
+            size: bytes of one checkpoint.
+
+        Raises:
+            ValueError: less is free.
+        """
+        step, steps = self.task.step, self.opts.step
+        later = steps[steps.index(step) + 1 :] if step in steps else []
+        replaced = [self.unfinished(step), self.before_unfinished(step), *map(self.finished, later)]
+        room = sum(min(path.stat().st_size, size) for path in replaced if path.is_file())
+        checkpoint_files.require_space(self.folder, (STATES + len(later)) * size - room)
+
+    def load_previous(self) -> dict[str, Any]:
+        """The checkpoint of step t-1, checked against this run.
+
+        Returns:
+            The dictionary, parameter names without the wrapper's prefix, λ apart under "loss_weights".
+
+        Raises:
+            ValueError: missing, damaged, or of another task, order, backbone or overlap setting.
+        """
+        self.require_previous()
+        path = self.previous()
+        state = read(path)
+        self._check(path, state, self.task.step - 1)
+        return state
+
+    def require_previous(self) -> None:
+        """Refuse a step whose previous checkpoint is not there.
+
+        Raises:
+            ValueError: names the file and the remedy.
+        """
+        path = self.previous()
+        if not path.is_file():
+            given = (
+                "--step_ckpt names no file"
+                if self.opts.step_ckpt
+                else "it was not trained under this --name and --checkpoint"
+            )
+            raise ValueError(
+                f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
+                f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
+            )
+        base = self.finished(0)
+        if self.opts.base_weights and max(self.opts.step) > 1 and 0 not in self.opts.step and not base.is_file():
+            raise ValueError(
+                f"--base_weights starts from the checkpoint of step 0, but {base} does not exist; train --step 0 under this "
+                "--name and --checkpoint first, or leave --base_weights out"
+            )
+
+    def load_tested(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of this very step, to be tested.
+
+        Args:
+            path: the file.
+
+        Returns:
+            As `load_previous`.
+
+        Raises:
+            ValueError: missing, damaged, or of another step, task, order or network.
+        """
+        state = read(path)
+        self._check(path, state, self.task.step)
+        return state
+
+    def _check(self, path: Path, state: dict[str, Any], step: int) -> None:
+        """Refuse a checkpoint that is not of that step of this run's task; official ones carry no options, only their shapes count."""
+        task, described = self.task, state.get("task")
+        if described is not None:
+            mine = describe(task.at(step))
+            if described["dataset"] != task.dataset or described["step"] != step:
+                flag = "--step_ckpt" if step < task.step else "--ckpt"
+                raise ValueError(
+                    f"{path} is step {described['step']} of {described['name']} on {described['dataset']}, not step "
+                    f"{step} of {task.name} on {task.dataset}; name the right file with {flag}"
+                )
+            if described["steps"] != mine["steps"]:
+                raise ValueError(
+                    f"{path} learned the classes {described['steps']}, task {task.name} has {mine['steps']} up to step {step}; "
+                    "use the same --task or --task_file for all steps"
+                )
+        theirs = state.get("options", {})
+        fused = ("multimodal_fusion",) if self.opts.nb_background_modes > 1 else ()
+        for dest in NETWORK_OPTIONS + fused + (("overlap",) if step < task.step else ()):
+            if dest in theirs and not _same(dest, theirs[dest], getattr(self.opts, dest)):
+                raise ValueError(
+                    f"{path} was trained with --{dest} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
+                    f"give all steps the same --{dest}"
+                )
+
+    def save_finished(self, trainer_state: dict[str, Any], loss_weights: Tensor | None) -> None:
+        """Write the checkpoint of this step with the official keys, and the options and class order beside them.
+
+        Args:
+            trainer_state: of `Trainer.state_dict`.
+            loss_weights: λ, or None for methods without.
+        """
+        model_state = checkpoint_files.with_prefix(trainer_state["model"])
+        weights = loss_weights if loss_weights is not None else torch.ones(OFFICIAL_LOSS_WEIGHTS)
+        model_state[checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS] = weights.detach().cpu().float()
+        checkpoint_files.save(
+            self.finished(self.task.step),
+            {
+                "epoch": trainer_state["position"][0],
+                "model_state": model_state,
+                "optimizer_state": trainer_state["optimizer"],
+                "scheduler_state": trainer_state["scheduler"],
+                "best_score": trainer_state["best_score"],
+                "trainer_state": trainer_state["method"],
+                "history": trainer_state["history"],
+                "options": plain_options(self.opts),
+                "task": describe(self.task),
+            },
+        )
+        checkpoint_files.discard(self.before_unfinished(self.task.step))
+        checkpoint_files.discard(self.unfinished(self.task.step))
+
+    def begin(self) -> None:
+        """Note that the step is started anew: from now on `--resume` takes no older file for this run's."""
+        checkpoint_files.discard(self.before_unfinished(self.task.step))
+        self._write_unfinished(None)
+
+    def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
+        """Write the state of a step under way; the one before it is kept, unless the disk damaged it."""
+        self._write_unfinished(trainer_state, None if self.damage else self.before_unfinished(self.task.step))
+        self.damage = ""
+
+    def _write_unfinished(self, trainer_state: dict[str, Any] | None, before: Path | None = None) -> None:
+        """Write a state, or that there is none yet."""
+        checkpoint_files.save(
+            self.unfinished(self.task.step),
+            {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)},
+            before,
+        )
+
+    def load_unfinished(self) -> dict[str, Any] | None:
+        """The interrupted run of this step, or None: its "state" for the trainer, its "options".
+
+        Where the last state is damaged this is the one before it, and `damage` says why.
+
+        Raises:
+            ValueError: both are damaged, or of a run with other options.
+        """
+        path, before = self.unfinished(self.task.step), self.before_unfinished(self.task.step)
+        if not self.interrupted():
+            return None
+        try:
+            state = checkpoint_files.load(path)
+        except ValueError as error:
+            if not before.is_file():
+                raise
+            path, state, self.damage = before, checkpoint_files.load(before), str(error)
+        if "state" not in state:
+            raise ValueError(
+                f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
+            )
+        if state["state"] is None:
+            return None
+        _check_header(path, state, own=True)
+        self._same_options(path, state)
+        return state
+
+    def check_finished(self) -> dict[str, Any]:
+        """The finished checkpoint of this step, refused if it was trained with other options.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        path = self.finished(self.task.step)
+        state = read(path)
+        if "options" in state:
+            self._same_options(path, state)
+        return state
+
+    def _same_options(self, path: Path, state: dict[str, Any]) -> None:
+        mine, theirs = plain_options(self.opts), state["options"]
+        changed = sorted(
+            key
+            for key in set(mine) | set(theirs)
+            if mine.get(key) != theirs.get(key) and key not in MAY_CHANGE_ON_RESUME
+        )
+        if changed or state["task"] != describe(self.task):
+            differing = (
+                ", ".join(f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in changed) or "the task"
+            )
+            raise ValueError(
+                f"--resume: {path} was written with other options ({differing}); repeat them, or start anew without --resume"
+            )
+
+
+def _same(dest: str, theirs: Any, mine: Any) -> bool:
+    """Whether two values of an option make the same network; norms do that read the same weight alike."""
+    if dest == "norm_act":
+        return scales_in_place(str(theirs)) == scales_in_place(mine)
+    return theirs == mine
+
+
+#: Options that do not touch the numbers of a run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    # where things are, how much is said
+    ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
+    + ("debug", "no_progress", "print_interval", "sample_num", "visualize", "dry_run", "check_data", "list_methods")
+    # how the run is started and kept
+    + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
+    + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
+    # only their value for this step counts, which is stored beside them
+    + ("lr", "threshold", "step_threshold")
+)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A finished checkpoint of this or of an official program.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its dictionary; "model_state" without the wrapper's prefix, λ apart under "loss_weights" (or None), the path under "file".
+
+    Raises:
+        ValueError: missing, damaged, or without "model_state".
+    """
+    state = checkpoint_files.load(path)
+    weights = state.get("model_state")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
+        )
+    _check_header(path, state)
+    model_state = checkpoint_files.without_prefix(state["model_state"])
+    state["loss_weights"] = model_state.pop(checkpoint_files.LOSS_WEIGHTS, None)
+    state["model_state"] = model_state
+    state["file"] = str(path)
+    return state
+
+
+def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
+    """Refuse a file that does not say in plain values what it learned; an official one (not `own`) says nothing."""
+    described, options = state.get("task"), state.get("options", None if own else {})
+    schedule, history = state.get("scheduler_state"), state.get("history", [])
+    try:
+        json.dumps([described, options, history])
+        known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
+        counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
+        plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
+        # the results take the date into their file name: it must not lead out of their folder
+        plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
+    except (TypeError, ValueError):
+        known = counted = plain = False
+    if not (known and counted and plain and isinstance(history, list)):
+        raise ValueError(
+            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
+        )
+
+
+#: Keys of `describe`.
+DESCRIPTION = {"dataset", "name", "step", "steps"}
+
+
+def describe(task: TaskLike) -> dict[str, Any]:
+    """Data set, step and class order of a task, as plain values."""
+    steps = [list(step) for step in task.steps[: task.step + 1]]
+    return {"dataset": task.dataset, "name": task.name, "step": task.step, "steps": steps}
+
+
+def plain_options(opts: Namespace) -> dict[str, Any]:
+    """Options as plain values that load without unpickling code."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    return {
+        key: plain(value)
+        for key, value in sorted(vars(opts).items())
+        if key not in ("explicit", "preset_applied", "task_preset")
+    }

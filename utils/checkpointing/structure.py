@@ -1,0 +1,93 @@
+"""Whether a state that was read from a file is built like the one it is to replace. A file is not to be trusted: a momentum of another
+shape than its weight would be read beyond its end by the optimiser."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What may become part of a file name.
+PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
+
+
+#: Values of `--norm_act` whose norms use |weight| + eps as their scale; the others use the weight itself.
+IN_PLACE_NORMS = ("iabn_sync", "iabn")
+
+
+def misfit(mine: Any, theirs: Any, place: str) -> str:
+    """The first place at which a nested state is built otherwise than mine.
+
+    Args:
+        mine: dicts, lists, tuples, tensors and plain values. A None fits every number, None and dictionary.
+        theirs: what was read.
+        place: name of the whole.
+
+    Returns:
+        Such as "state/scheduler/last_epoch"; "" if there is none.
+    """
+    if isinstance(mine, dict):
+        if not isinstance(theirs, dict) or set(mine) != set(theirs):
+            return place
+        return next(filter(None, (misfit(mine[key], theirs[key], f"{place}/{key}") for key in mine)), "")
+    if isinstance(mine, (list, tuple)):
+        if not isinstance(theirs, (list, tuple)) or len(mine) != len(theirs):
+            return place
+        return next(filter(None, (misfit(a, b, f"{place}/{k}") for k, (a, b) in enumerate(zip(mine, theirs)))), "")
+    if isinstance(mine, Tensor):
+        fits = isinstance(theirs, Tensor) and (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+    elif mine is None:
+        fits = theirs is None or isinstance(theirs, (int, float, dict))
+    elif isinstance(mine, float):
+        fits = isinstance(theirs, (int, float))
+    else:
+        fits = type(mine) is type(theirs)
+    return "" if fits else place
+
+
+def require_fit(mine: Any, theirs: Any, place: str) -> None:
+    """Refuse a part of an interrupted run's state that is built otherwise than mine.
+
+    Raises:
+        ValueError: names the first place.
+    """
+    if place := misfit(mine, theirs, place):
+        raise ValueError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
+
+
+def check_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser whose loaded state does not fit its parameters.
+
+    Raises:
+        ValueError: a momentum is of another shape or type than its weight.
+    """
+    for parameter, state in optimizer.state.items():
+        momentum = state.get("momentum_buffer") if isinstance(state, dict) else state
+        fits = momentum is None or (isinstance(momentum, Tensor) and momentum.shape == parameter.shape)
+        if not fits or not isinstance(parameter, Tensor):
+            raise ValueError("a momentum does not fit its weight")
+
+
+def check_log(history: Any, meters: Any) -> None:
+    """Refuse what the trainer could not go on counting in.
+
+    Raises:
+        ValueError, TypeError: the history is no list of plain dictionaries, or the meters are no sums and a count.
+    """
+    json.dumps([history, meters])
+    sums, count = meters
+    numbers = all(isinstance(value, (int, float)) for value in (count, *sums.values()))
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history) or not numbers:
+        raise ValueError("the history of the training is none")
+
+
+def scales_in_place(norm: str) -> bool:
+    """Whether a norm scales by |weight| + eps, so that the weights of one that scales by the weight mean another network.
+
+    Args:
+        norm: a key of `modules.norm.NORMS`.
+    """
+    return norm.startswith(IN_PLACE_NORMS)

@@ -1,0 +1,139 @@
+"""TensorBoard and the terminal, on the main process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.reporting.events import scalars_at
+from utils.runtime import distributed
+
+#: Seconds after which what was logged is flushed to the disk.
+FLUSH_SECONDS = 30.0
+
+
+class Logger:
+    """Scalars, pictures and lines of a run.
+
+    Args:
+        progress: whether to draw progress bars.
+    """
+
+    def __init__(self, progress: bool = True):
+        self.writer: Any = None
+        self.flushed_at = 0.0
+        self.progress = progress and distributed.is_main()
+
+    def open(self, folder: Path, first_iteration: int | None = None) -> None:
+        """Start writing TensorBoard files.
+
+        Args:
+            folder: where they go.
+            first_iteration: iterations done before. What an earlier run logged after them is superseded, so that no curve has two
+                values in one place, and so is what it validated then, because that is repeated. None: nothing is superseded.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        if not distributed.is_main():
+            return
+        # Slow to import, and not needed by a dry run. Not the library's SummaryWriter: its thread dies on a full disk, and all
+        # that log after it wait for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        kept: dict[str, float] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if first_iteration:
+                kept = {
+                    n: v for n, v in scalars_at(folder, first_iteration).items() if not n.startswith(("val/", "test/"))
+                }
+            # The library's names are good for one file a second.
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        except OSError as error:
+            raise ValueError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
+        self.flushed_at = time.monotonic()
+        if first_iteration is not None:
+            # Readers drop all from this abscissa on, the last iteration that is not repeated with it: it is written again.
+            self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
+            self.scalars(kept, first_iteration)
+
+    def _write(self, iteration: int, **content: Any) -> None:
+        """Append an event to the file."""
+        from tensorboardX.proto.event_pb2 import Event
+
+        with self._tolerating_faults():
+            self.writer.write_event(Event(wall_time=time.time(), step=iteration, **content))
+            if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
+                self.writer.flush()
+                self.flushed_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _tolerating_faults(self) -> Iterator[None]:
+        """A disk that takes no more curves is no reason to stop a training."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.info(
+                f"note: --logdir cannot be written any more ({error.strerror}); no TensorBoard for the rest of this step"
+            )
+
+    def info(self, text: str) -> None:
+        """Print a line above the progress bars."""
+        if distributed.is_main():
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def bar(self, iterable, title: str, total: int | None = None, initial: int = 0):
+        """A progress bar around an iterable.
+
+        Args:
+            iterable: what is iterated.
+            title: text before the bar.
+            total: number of items, where the iterable does not know it.
+            initial: items done before a resume.
+
+        Returns:
+            The iterable, wrapped; `set_postfix` shows values.
+        """
+        return tqdm(
+            iterable,
+            desc=title,
+            total=total,
+            initial=initial,
+            disable=not self.progress,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def scalars(self, values: dict[str, float], iteration: int) -> None:
+        """Log numbers by name."""
+        if self.writer is not None and values:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            listed = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+            self._write(iteration, summary=Summary(value=listed))
+
+    def image(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """Log a picture, (H, W, 3) uint8."""
+        if self.writer is not None:
+            from tensorboardX import summary
+
+            self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self.writer is not None:
+            with self._tolerating_faults():
+                self.writer.close()
+            self.writer = None

@@ -1,0 +1,201 @@
+"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+from filelock import FileLock
+
+from metrics.stream_metrics import group_means
+from utils.checkpointing import checkpoint_files
+from utils.checkpointing.store import plain_options
+from utils.types import TaskLike
+
+#: What the official CSV writes for a class that is not learned yet or does not occur.
+ABSENT = "x"
+
+
+def csv_path(opts: Namespace, task: TaskLike) -> Path:
+    """`results/<date>_<dataset>_<task>_<name>.csv`."""
+    return Path(opts.results) / f"{opts.date}_{task.dataset}_{task.name}_{opts.name}.csv"
+
+
+def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bool:
+    """Whether CSV and JSON have the test of these very weights, not of an earlier training of the step.
+
+    Args:
+        opts: results, date, name.
+        task: which step.
+        model_state: weights by name, without the wrapper's prefix.
+    """
+    path = csv_path(opts, task)
+    entry = _read_json(path.with_suffix(".json"))["steps"].get(str(task.step), {})
+    return task.step in _read_rows(path) and entry.get("weights_sha256") == checkpoint_files.digest(model_state)
+
+
+def check(opts: Namespace, task: TaskLike) -> None:
+    """Refuse existing results that could not be continued, before a day of training ends on them.
+
+    Raises:
+        ValueError: names the file.
+        OSError: a file cannot be read.
+    """
+    path = csv_path(opts, task)
+    checkpoint_files.require_places(path, path.with_suffix(".json"))
+    _read_rows(path)
+    _read_json(path.with_suffix(".json"))
+
+
+def write(
+    opts: Namespace, task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]
+) -> dict[str, Any]:
+    """Record the test of a step; a step that was tested before has its row replaced.
+
+    Args:
+        opts: results, date, name.
+        task: which step was tested.
+        scores: of `Trainer.evaluate`, with the SHA-256 of the "Weights".
+        class_names: by position in the order of learning.
+        history: of `Trainer`, one entry an epoch.
+
+    Returns:
+        The step's entry in the JSON.
+
+    Raises:
+        OSError: the folder cannot be written; neither file is changed.
+    """
+    path = csv_path(opts, task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    class_iou = scores["Class IoU"]
+    num_classes = max(len(task.at(task.last_step).label_ids), len(class_iou))
+    columns = [str(class_iou[c]) if class_iou.get(c) is not None else ABSENT for c in range(num_classes)]
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        rows = _read_rows(path)
+        rows[task.step] = f"{task.step},{','.join(columns)},{scores['Mean IoU']}"
+        document = _read_json(path.with_suffix(".json"))
+        entry = _entry(task, scores, class_names, history)
+        document |= _header(opts, task)
+        document["steps"][str(task.step)] = entry
+        entry["average_over_steps"] = _average(document["steps"], task.step)
+        document["average_over_steps"] = _average(document["steps"], task.last_step)
+        # The CSV goes first: `recorded` believes the JSON's digest of the weights.
+        table = "".join(f"{rows[step]}\n" for step in sorted(rows))
+        _replace({path: table, path.with_suffix(".json"): json.dumps(document, indent=1)})
+    return entry
+
+
+def _average(steps: dict[str, Any], last: int) -> float | None:
+    """Mean of the mIoU of the steps that were tested, up to one of them."""
+    means = [steps[str(step)]["all"] for step in range(last + 1) if str(step) in steps]
+    known = [mean for mean in means if mean is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _entry(task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]) -> dict[str, Any]:
+    means = group_means(scores["Class IoU"], task.at(0).num_total)
+    return {
+        **means,
+        "overall_accuracy": scores["Overall Acc"],
+        "mean_accuracy": scores["Mean Acc"],
+        "frequency_weighted_accuracy": scores["FreqW Acc"],
+        "class_iou": {name: scores["Class IoU"][i] for i, name in enumerate(class_names)},
+        "class_accuracy": {name: scores["Class Acc"][i] for i, name in enumerate(class_names)},
+        "weights_sha256": scores["Weights"],
+        "confusion_matrix": scores["Confusion Matrix"].tolist(),
+        "epochs": history,
+    }
+
+
+def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
+    return {
+        "dataset": task.dataset,
+        "task": task.name,
+        "name": opts.name,
+        "method": opts.method,
+        "class_order": [list(step) for step in task.steps],
+        "options": plain_options(opts),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        },
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the code that runs, with a mark for local changes; None outside a git checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return described.stdout.strip() or None
+    return None
+
+
+def _read_rows(path: Path) -> dict[int, str]:
+    """Rows of an existing CSV by step; a line that is no row is dropped, it cannot come from this program."""
+    if not path.is_file():
+        return {}
+    rows = {}
+    for line in path.read_text(errors="replace").splitlines():
+        step = line.split(",", 1)[0]
+        if step.isdigit():
+            rows[int(step)] = line
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An existing JSON, or an empty one; its "steps" are there in any case."""
+    if not path.is_file():
+        return {"steps": {}}
+    try:
+        document = json.loads(path.read_text())
+        well_formed = all(isinstance(entry["all"], float | None) for entry in document["steps"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"results file {path} is not one that this program wrote; move it away, then run again")
+    return document
+
+
+def _replace(texts: dict[Path, str]) -> None:
+    """Write aside, flush to the disk, rename: a reader never sees half a file, and a full disk changes none of them."""
+    # One name each: callers hold the lock, and a killed one leaves no heap.
+    asides = {path: path.with_name(f".{path.name}.writing") for path in texts}
+    try:
+        for path, aside in asides.items():
+            with open(aside, "w") as file:
+                file.write(texts[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, aside in asides.items():
+            os.replace(aside, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the results cannot be written ({error.strerror}); make room or mend the disk, then repeat the command with --resume: "
+            "only the test is repeated",
+            str(next(iter(texts))),
+        ) from error
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""One interface for one process and for many: the rest of the program never asks torch.distributed directly.
+
+Processes are started by torchrun or torch.distributed.launch (RANK, WORLD_SIZE and LOCAL_RANK in the environment); without
+them the program is one process and every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+#: A process that waits longer than this for the others gives up with an error; none hangs for ever. A process that died is noticed
+#: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+#: The same before they have met, when none has begun to work: a process that was not started will not come.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+
+#: What the back ends say when another process is gone or out of reach.
+_PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "remote process")
+
+
+class SharedError(ValueError):
+    """A user's error that all processes know of: the main process alone speaks of it."""
+
+
+def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
+    """Join the process group that the launcher announces, and pick this process's device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        local_rank: the official `--local_rank`; the environment's LOCAL_RANK wins over it.
+
+    Returns:
+        The device this process computes on.
+
+    Raises:
+        ValueError: CUDA asked for on a machine without it, or more processes than GPUs.
+        DistError: not all processes came within `RENDEZVOUS_TIMEOUT`.
+    """
+    local_rank = _number("LOCAL_RANK", local_rank)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
+        )
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    here = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))
+    if use_cuda and here > torch.cuda.device_count():
+        raise ValueError(
+            f"{here} processes on this machine, but torch sees {torch.cuda.device_count()} GPU(s); start at most that many "
+            "(--nproc_per_node), or add --device cpu"
+        )
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if _number("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
+        _check_environment()
+        store, rank_, world = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        backend = "nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    return chosen
+
+
+def _number(variable: str, default: int) -> int:
+    """A number that the launcher left in the environment."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
+    return int(text)
+
+
+def _check_environment() -> None:
+    """Refuse several processes that could not find each other."""
+    world, variables = _number("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in variables if not os.environ.get(name)]
+    if missing or _number("RANK", 0) >= world or _number("MASTER_PORT", 0) > 65535:
+        wrong = f"{missing[0]} is not set" if missing else ", ".join(f"{name}={os.environ[name]}" for name in variables)
+        raise ValueError(
+            f"WORLD_SIZE={world} in the environment announces {world} processes, but {wrong}; start with torchrun, or unset WORLD_SIZE"
+        )
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def active() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if active() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that writes files and prints."""
+    return dist.get_rank() if active() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> DistributedDataParallel:
+    """The model with gradients averaged over the processes.
+
+    Args:
+        model: on its device.
+        device: of this process.
+        follow_main: give the buffers of the main process to all before every forward pass.
+
+    Returns:
+        The wrapper; the model is its `module`.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{option: follow_main})
+
+
+def first_here() -> bool:
+    """Whether this is the first process of its machine; it can be asked before the processes have joined."""
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+
+
+def should_print(error: Exception) -> bool:
+    """Whether this process prints an error: one that all processes have is printed once, one of its own by the process itself.
+
+    Before the processes have joined, all processes of a machine have the same errors: those of the command line.
+    """
+    if active():
+        return is_main() or not isinstance(error, SharedError)
+    return first_here() or "LOCAL_WORLD_SIZE" not in os.environ
+
+
+def peer_lost(error: Exception) -> bool:
+    """Whether an exception says that another process is gone, or never came."""
+    if isinstance(error, dist.DistError):
+        return True
+    return active() and any(sign in str(error).lower() for sign in _PEER_LOST)
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the processes, in place; returned for chaining."""
+    if active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_(tensor: Tensor) -> Tensor:
+    """Average a floating tensor over the processes, in place; returned for chaining."""
+    if active():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process: how all of them agree to stop together."""
+    if not active():
+        return flag
+    votes = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every process, in order of rank, on every process."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """Run an action on the main process and hand its result, or its error, to all of them.
+
+    Without this a user's error found by one process (a checkpoint that cannot be written, say) would leave the others waiting.
+
+    Args:
+        action: called without arguments on rank 0; what it returns must be picklable.
+
+    Returns:
+        What the action returned on rank 0.
+
+    Raises:
+        SharedError: with the text of the main process's ValueError or OSError.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome = [action(), None]
+        except (ValueError, OSError) as error:
+            if not active():
+                raise
+            outcome = [None, str(error)]
+    if active():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise SharedError(outcome[1])
+    return outcome[0]
+
+
+def run_on_all(action: Callable[[], Any]) -> Any:
+    """Run an action on every process; an error of one is an error of all, so that none waits for one that has given up.
+
+    Args:
+        action: called without arguments; must not talk to the other processes.
+
+    Returns:
+        What the action returned on this process.
+
+    Raises:
+        SharedError: with the text of every process's ValueError or OSError, equal ones said once.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        if not active():
+            raise
+        fault = str(error)
+    faults = [text for text in gather_objects(fault) if text is not None]
+    if faults:
+        raise SharedError("; ".join(dict.fromkeys(faults)))
+    return result
+
+
+def max_over_ranks(number: int) -> int:
+    """The highest of the processes' numbers: how all of them agree on a stop request."""
+    return max(gather_objects(number))
