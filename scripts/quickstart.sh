@@ -8,6 +8,7 @@
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+install_requirements requirements.txt
 OUT=${OUT:-$root/runs/quickstart}
 METHODS=${METHODS:-FT PLOP LSKD}
 read -r -a methods <<<"$METHODS"

@@ -3,6 +3,7 @@
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+install_requirements requirements.txt requirements-dev.txt
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -35,7 +35,7 @@ def name_of(path):
 @pytest.mark.parametrize("path", SHELL, ids=name_of)
 def test_shellcheck(path):
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
-    assert shellcheck, "shellcheck is missing: pip install -r requirements.txt"
+    assert shellcheck, "shellcheck is missing: pip install -r requirements-dev.txt"
     found = subprocess.run([shellcheck, "-x", name_of(path)], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
