@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 BOTH = ("requirements.txt", "requirements-dev.txt")
 
 STAND_IN = """#!/bin/sh
