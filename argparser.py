@@ -173,7 +173,7 @@ def _program(parser: argparse.ArgumentParser) -> None:
 def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add, switch = group.add_argument, partial(_switch, group)
-    add("--data_root", type=str, default="data", help="folder of the data sets (see README)")
+    add("--data_root", type=str, default="data", help="folder of the data sets, see docs/data.md")
     add("--dataset", type=str, default="voc", choices=list(DATASETS), help="shapes is drawn by the program: no files")
     add("--num_classes", type=int, default=None, help="no effect: the data set knows")
     add("--num_workers", type=int, default=1, help="worker processes that load data, for each training process")
