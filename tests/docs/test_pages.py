@@ -3,12 +3,16 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
 from functools import cache
 
 import pytest
 
 import argparser
+from scripts import compare_methods
+from scripts.benchmark import __main__ as benchmark
+from tests.stress import fault_injection
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -110,6 +114,41 @@ def known_options():
 @pytest.mark.parametrize(("page", "option"), each(options))
 def test_named_options_exist(page, option):
     assert option in known_options() | FOREIGN_OPTIONS, f"{name_of(page)} names {option}"
+
+
+def commands(page):
+    """Commands in the shell examples of a page and between backticks, as lists of words."""
+    text = page.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", CODE.sub("", text))
+    for placeholder, value in {"$e": "1", " METHOD ": " LSKD ", "OPTIONS": "--task 6-2", "/RUN.": "/*."}.items():
+        lines = [line.replace(placeholder, value) for line in lines]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+#: What reads the words after a program's name.
+PARSERS = {
+    "run.py": argparser.parse,
+    "scripts/compare_methods.py": lambda words: argparser.parse(compare_methods.parse(words).words),
+    "scripts/benchmark": benchmark.parse,
+    "tests/stress/fault_injection.py": fault_injection.parse,
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_can_be_parsed(page):
+    for words in commands(page):
+        for program in PARSERS.keys() & set(words):
+            given = words[words.index(program) + 1 :]
+            if "--help" not in given:
+                PARSERS[program](given)
+
+
+def test_commands_are_found():
+    programs = [word for page in PAGES for words in commands(page) for word in words if word in PARSERS]
+    assert {program: programs.count(program) > 0 for program in PARSERS} == dict.fromkeys(PARSERS, True)
+    assert programs.count("run.py") > 8
 
 
 # -------------------------------------------------------------------- messages
