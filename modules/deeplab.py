@@ -9,10 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.atrous import AtrousConv2d
-from modules.resnet import xavier_
+from modules.norm import SLOPE
 
 #: Dilations of the three 3×3 convs by output stride.
 DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
+
+
+def xavier_(module: nn.Module) -> None:
+    """Fill the convs with Xavier-normal weights at the gain of the leaky ReLU that follows them, biases with zero."""
+    gain = nn.init.calculate_gain("leaky_relu", SLOPE)
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.xavier_normal_(m.weight, gain)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 class DeeplabV3(nn.Module):

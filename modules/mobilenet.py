@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.resnet import DILATIONS, xavier_
+from modules.resnet import DILATIONS
 
 
 class Group(NamedTuple):
@@ -86,7 +86,8 @@ class MobileNetV2(nn.Module):
 
     A stage that may not halve the map drops its stride and dilates the convs after the one that had it: on every
     other row and column the map then is the one that the classification network computes. (In `ResNet`, as in the
-    official program, the conv that had the stride is dilated too.)
+    official program, the conv that had the stride is dilated too.) The convs keep PyTorch's own start, as those of
+    `ResNet` do.
 
     Args:
         norm: callable (num_features, activation) -> norm module.
@@ -125,7 +126,6 @@ class MobileNetV2(nn.Module):
                     channels, reached, dilation = group.channels, reached * stride, dilation * wanted // stride
             self.add_module(f"mod{i + 2}", nn.Sequential(stage))
         self.out_channels = channels
-        xavier_(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(B, 3, H, W) -> the last map (B, 320, h, w), and the four attentions: the stages' outputs.

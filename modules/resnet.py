@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.norm import SLOPE
 from modules.residual import ResidualBlock, Stage
 
 
@@ -32,16 +31,6 @@ ARCHITECTURES = {
 DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
-def xavier_(module: nn.Module) -> None:
-    """Fill the convs with Xavier-normal weights at the gain of the leaky ReLU that follows them, biases with zero."""
-    gain = nn.init.calculate_gain("leaky_relu", SLOPE)
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.xavier_normal_(m.weight, gain)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-
-
 class Stem(nn.Sequential):
     """conv1, bn1, pool1: (B, 3, H, W) -> (B, 64, H/4, W/4)."""
 
@@ -55,6 +44,9 @@ class Stem(nn.Sequential):
 
 class ResNet(nn.Module):
     """The body: a stem (mod1) and four residual stages (mod2 to mod5).
+
+    The convs keep PyTorch's own start (Kaiming uniform, a = √5), as in the official programs, which start only the
+    convs of the head otherwise (`modules.deeplab`). It matters where no pretrained weights are loaded.
 
     Args:
         backbone: a key of `ARCHITECTURES`.
@@ -96,7 +88,6 @@ class ResNet(nn.Module):
                 in_channels = channels[-1]
             self.add_module(f"mod{i + 2}", Stage(stage))
         self.out_channels = in_channels
-        xavier_(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(B, 3, H, W) -> the last map (B, out_channels, h, w), and the four attentions: the stages' outputs before

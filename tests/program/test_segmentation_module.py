@@ -143,10 +143,37 @@ def test_same_seed_same_network():
     assert not any(torch.equal(first[name], other[name]) for name in first if "conv" in name and "bn" not in name)
 
 
-def test_convs_start_xavier_normal():
-    weight = model_of().body.mod4.block2.convs.conv1.weight
-    expected = math.sqrt(2 / (1 + 0.01**2)) * math.sqrt(2 / (9 * (256 + 256)))
-    assert weight.std().item() == pytest.approx(expected, rel=0.01)
+def convs_of(module):
+    return [(name, m.weight) for name, m in module.named_modules() if isinstance(m, torch.nn.Conv2d)]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_the_body_keeps_pytorchs_start(backbone):
+    """Kaiming uniform with a = √5: uniform between ±1/√fan_in. The batch norms start as the identity."""
+    model = model_of(backbone=backbone)
+    for name, weight in convs_of(model.body):
+        bound = 1 / math.sqrt(weight[0].numel())
+        count = weight.numel()
+        assert (1 - 20 / count) * bound < weight.abs().max().item() <= bound, name
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=4 / math.sqrt(count)), name
+    for norm in (m for m in model.body.modules() if isinstance(m, ABN)):
+        assert torch.all(norm.weight == 1) and torch.all(norm.bias == 0)
+
+
+def test_the_convs_of_the_head_start_xavier_normal():
+    """With the gain of the leaky ReLU of slope 0.01: a normal distribution of variance 2 gain² / (fan_in + fan_out)."""
+    for name, weight in convs_of(model_of().head):
+        fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
+        expected = math.sqrt(2 / (1 + 0.01**2)) * math.sqrt(2 / (fan_in + fan_out))
+        assert weight.std().item() == pytest.approx(expected, rel=0.01), name
+        assert weight.abs().max().item() > 3.5 * expected, (
+            name
+        )  # farther than any uniform distribution of that variance
+
+
+def test_classifiers_keep_pytorchs_start():
+    for classifier in model_of().cls:
+        assert classifier.weight.abs().max().item() <= 1 / 16 and classifier.bias.abs().max().item() <= 1 / 16
 
 
 # --- head

@@ -20,9 +20,9 @@ import methods
 import run
 import segmentation_module
 from dataset.tasks import Task
-from modules.deeplab import DeeplabV3
+from modules.deeplab import DeeplabV3, xavier_
 from modules.residual import ResidualBlock, Stage
-from modules.resnet import DILATIONS, ResNet, Stem, xavier_
+from modules.resnet import DILATIONS, ResNet, Stem
 from train import Trainer
 from utils.reporting.logger import Logger
 
@@ -55,6 +55,8 @@ class ThinResNet(nn.Module):
             block = ResidualBlock(inputs, (width, width), norm, stride, dilation)
             self.add_module(f"mod{i + 2}", Stage(OrderedDict(block1=block)))
             inputs = width
+        # The norms of a teacher in evaluation mode do not make up for small weights: with PyTorch's start it would tell
+        # no pixels apart.
         xavier_(self)
 
 
