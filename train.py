@@ -27,6 +27,9 @@ from utils.reporting.logger import Logger
 from utils.runtime import amp, distributed
 from utils.runtime.signals import Stopped, StopRequest
 
+#: Counts the changes after which a run continued from an older state would not go on exactly: such states are refused.
+STATE_VERSION = 2
+
 
 class NonFiniteLoss(ArithmeticError):
     """A loss term is NaN or infinite and the run is not told to tolerate it."""
@@ -74,6 +77,8 @@ class Trainer:
         self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
         self.precision = amp.build(opts, device)
         self.balancer = method.make_balancer(model)
+        if opts.fix_bn:  # before the optimiser and the wrapper collect what is trained
+            model.fix_bn()
         extra, fused = self.balancer.parameters(), self.precision.allows_fused_step
         self.optimizer = make_optimizer(opts, task, model, extra, fused)
         self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
@@ -99,8 +104,6 @@ class Trainer:
             iterations_per_epoch: of each process.
         """
         self.scheduler = scheduler.build(self.opts, self.optimizer, self.opts.epochs * iterations_per_epoch)
-        if self.opts.fix_bn:  # before the wrapper counts on gradients of the norms
-            self.network.fix_bn()
         if self.opts.compile:
             if self.teacher is not None:
                 self.teacher = torch.compile(self.teacher)
@@ -375,6 +378,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact continuation needs; call it on all processes."""
         return {
+            "version": STATE_VERSION,
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -402,6 +406,11 @@ class Trainer:
             ) from error
 
     def _load(self, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                "--resume: the interrupted run is of another version of this program, which would not continue it exactly; "
+                "start the step anew without --resume"
+            )
         random, processes = state["random"], distributed.world_size()
         if len(random) != processes:
             raise ValueError(

@@ -29,7 +29,8 @@ class Part:
 
     #: Whether the part looks at the teacher's forward pass.
     needs_teacher = False
-    #: Where its state lies in the checkpoint's "trainer_state".
+    #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official
+    #: one, else in "method_state".
     state_key: ClassVar[str] = ""
 
     def __init__(self, opts: Namespace, task: Task):

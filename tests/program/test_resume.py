@@ -360,6 +360,22 @@ def test_another_number_of_processes_is_refused(copy_of, monkeypatch, capsys):
     assert "had 2 processes, this one has 1" in capsys.readouterr().err
 
 
+def test_a_state_of_an_earlier_version_is_refused(copy_of, monkeypatch, capsys):
+    """Its crops and its groups of the optimiser were others: it could not be continued exactly."""
+    folder = copy_of("ft")
+    with monkeypatch.context() as patch:
+        interrupt(patch, (train.Trainer, "train_iteration"), 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert thin.launch(folder, COMMANDS["ft"][0]) == 143
+    path = folder / "checkpoints" / "6-2-shapes_n_0.resume.pth"
+    state = checkpoint_files.load(path)
+    del state["state"]["version"]
+    checkpoint_files.save(path, state)
+    capsys.readouterr()
+    assert thin.launch(folder, COMMANDS["ft"][0] + " --resume") == 2
+    err = capsys.readouterr().err
+    assert "another version of this program" in err and "without --resume" in err and err.count("\n") == 1
+
+
 def test_two_runs_of_a_name_and_step_refuse_each_other(copy_of, capsys):
     folder = copy_of("lskd")
     opts = thin.options(f"--step 1 --checkpoint '{folder}/checkpoints'")

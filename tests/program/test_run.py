@@ -74,10 +74,10 @@ def test_files_of_a_run(trained):
 def test_checkpoint_has_the_official_keys(trained):
     state = checkpoint_files.load(trained / "checkpoints" / "6-2-shapes_n_1.pth")
     official = {"epoch", "model_state", "optimizer_state", "scheduler_state", "best_score", "trainer_state"}
-    assert official | {"options", "task", "history"} == set(state)
-    assert state["epoch"] == 1
+    assert official | {"options", "task", "history", "method_state"} == set(state)
+    assert state["epoch"] == 0
     assert all(name.startswith("module.") for name in state["model_state"])
-    assert torch.equal(state["model_state"]["module.head.lossweights"], torch.ones(9))
+    assert "module.head.lossweights" not in state["model_state"]
     assert state["model_state"]["module.cls.0.weight"].shape[0] == 7
     assert state["model_state"]["module.cls.1.weight"].shape[0] == 2
     assert state["scheduler_state"]["last_epoch"] > 0
@@ -147,7 +147,7 @@ def test_lambda_is_logged_by_term_and_kept_in_the_checkpoint(copy):
     assert weights.shape == (9,) and float(weights.sum()) == pytest.approx(9, abs=1e-4)
     assert not torch.equal(weights, torch.ones(9))
     assert thin.launch(copy, "--task 6-2 --step 2 --method FT") == 0  # which has no λ, and hands it on
-    kept = checkpoint_files.load(copy / "checkpoints" / "6-2-shapes_n_2.pth")["model_state"]["module.head.lossweights"]
+    kept = checkpoint_files.load(copy / "checkpoints" / "6-2-shapes_n_2.pth")["loss_weights"]
     assert torch.equal(kept, weights)
 
 

@@ -68,7 +68,8 @@ def test_optimizer_is_nesterov_sgd_over_all_parameters():
     optimizer = make_optimizer(step.opts, step.task, step.model, [extra], fused=False)
     assert [(g["lr"], g["momentum"], g["nesterov"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (0.3, 0.8, True, 0.02)
-    ] * 4
+    ] * 3
+    assert optimizer.param_groups[1]["params"] == [extra, *step.model.head.parameters()]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in step.model.parameters()} | {id(extra)}
 

@@ -60,14 +60,11 @@ class Sum:
 
     @property
     def loss_weights(self) -> Tensor | None:
-        """What the checkpoint keeps as λ: that of the previous step, so that a step of another method does not lose it."""
-        return self._inherited
+        """None: there is no λ."""
+        return None
 
     def inherit(self, weights: Tensor | None) -> None:
-        """Hand on λ of the previous step."""
-        self._inherited = weights
-
-    _inherited: Tensor | None = None
+        """Nothing to start from λ of the previous step."""
 
     def log_values(self) -> dict[str, Tensor]:
         """Nothing to log."""

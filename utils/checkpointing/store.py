@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -24,9 +23,6 @@ STATES = 3
 
 #: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
 LOCK_SECONDS = 1.25
-
-#: Number of λ in the official checkpoints, which hold them for every method.
-OFFICIAL_LOSS_WEIGHTS = 9
 
 
 class Store:
@@ -45,6 +41,8 @@ class Store:
         self.folder = Path(opts.checkpoint)
         #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
         self.damage = ""
+        #: λ of the previous step, once `load_previous` read it, or None.
+        self.inherited: Tensor | None = None
 
     def finished(self, step: int) -> Path:
         """Checkpoint of a finished step."""
@@ -129,7 +127,7 @@ class Store:
         """The checkpoint of step t-1, checked against this run.
 
         Returns:
-            The dictionary, parameter names without the wrapper's prefix, λ apart under "loss_weights".
+            As `read`.
 
         Raises:
             ValueError: missing, damaged, or of another task, order, backbone or overlap setting.
@@ -138,6 +136,7 @@ class Store:
         path = self.previous()
         state = read(path)
         self._check(path, state, self.task.step - 1)
+        self.inherited = state["loss_weights"]
         return state
 
     def require_previous(self) -> None:
@@ -171,7 +170,7 @@ class Store:
             path: the file.
 
         Returns:
-            As `load_previous`.
+            As `read`.
 
         Raises:
             ValueError: missing, damaged, or of another step, task, order or network.
@@ -206,29 +205,32 @@ class Store:
                 )
 
     def save_finished(self, trainer_state: dict[str, Any], loss_weights: Tensor | None) -> None:
-        """Write the checkpoint of this step with the official keys, and the options and class order beside them.
+        """Write the checkpoint of this step: the official dictionary, and beside it keys of this program.
+
+        The official keys hold what the official programs write, so that these can test the step, build on it, or load
+        its optimiser. λ is `head.lossweights` only if the step has λ: the official PLOP and MiB refuse that name. A
+        step without λ hands that of the previous step on under the key "loss_weights" of this program.
 
         Args:
             trainer_state: of `Trainer.state_dict`.
-            loss_weights: λ, or None for methods without.
+            loss_weights: λ of this step, or None for methods without.
         """
-        model_state = checkpoint_files.with_prefix(trainer_state["model"])
-        weights = loss_weights if loss_weights is not None else torch.ones(OFFICIAL_LOSS_WEIGHTS)
-        model_state[checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS] = weights.detach().cpu().float()
-        checkpoint_files.save(
-            self.finished(self.task.step),
-            {
-                "epoch": trainer_state["position"][0],
-                "model_state": model_state,
-                "optimizer_state": trainer_state["optimizer"],
-                "scheduler_state": trainer_state["scheduler"],
-                "best_score": trainer_state["best_score"],
-                "trainer_state": trainer_state["method"],
-                "history": trainer_state["history"],
-                "options": plain_options(self.opts),
-                "task": describe(self.task),
-            },
-        )
+        parts = dict(trainer_state["method"])
+        content = {
+            "epoch": trainer_state["position"][0] - 1,  # index of the last epoch, as in the official programs
+            "model_state": _with_loss_weights(checkpoint_files.with_prefix(trainer_state["model"]), loss_weights),
+            "optimizer_state": trainer_state["optimizer"],
+            "scheduler_state": trainer_state["scheduler"],
+            "best_score": trainer_state["best_score"],
+            "trainer_state": {"regularizer": parts.pop("regularizer", None)},
+            "method_state": parts,
+            "history": trainer_state["history"],
+            "options": plain_options(self.opts),
+            "task": describe(self.task),
+        }
+        if loss_weights is None and self.inherited is not None:
+            content["loss_weights"] = self.inherited
+        checkpoint_files.save(self.finished(self.task.step), content)
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         checkpoint_files.discard(self.unfinished(self.task.step))
 
@@ -305,6 +307,20 @@ class Store:
             )
 
 
+def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Tensor | None) -> dict[str, Tensor]:
+    """The weights of the network with λ, if there is one, in its official place: before the other weights of the head."""
+    if loss_weights is None:
+        return model_state
+    name, ordered = checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS, {}
+    module = name.rpartition(".")[0]
+    for key, value in model_state.items():
+        if key.startswith(f"{module}.") and name not in ordered:
+            ordered[name] = loss_weights.detach().cpu().float()
+        ordered[key] = value
+    assert name in ordered, f"the network has no {module}"
+    return ordered
+
+
 def _same(dest: str, theirs: Any, mine: Any) -> bool:
     """Whether two values of an option make the same network; norms do that read the same weight alike."""
     if dest == "norm_act":
@@ -332,10 +348,12 @@ def read(path: Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its dictionary; "model_state" without the wrapper's prefix, λ apart under "loss_weights" (or None), the path under "file".
+        Its dictionary; "model_state" without the wrapper's prefix and without λ, which is under "loss_weights" (or
+        None there) whether it is of this step, `head.lossweights`, or handed on; the path under "file". Earlier versions
+        of this program wrote `head.lossweights` for every step, ones where there was no λ, which is where λ starts.
 
     Raises:
-        ValueError: missing, damaged, or without "model_state".
+        ValueError: missing, damaged, without "model_state", or with a λ that is not finite.
     """
     state = checkpoint_files.load(path)
     weights = state.get("model_state")
@@ -345,7 +363,13 @@ def read(path: Path) -> dict[str, Any]:
         )
     _check_header(path, state)
     model_state = checkpoint_files.without_prefix(state["model_state"])
-    state["loss_weights"] = model_state.pop(checkpoint_files.LOSS_WEIGHTS, None)
+    loss_weights = model_state.pop(checkpoint_files.LOSS_WEIGHTS, state.get("loss_weights"))
+    if loss_weights is not None and not (isinstance(loss_weights, Tensor) and bool(loss_weights.isfinite().all())):
+        raise ValueError(
+            f"{path} has a λ (head.lossweights or loss_weights) that is not a tensor of finite numbers; train that step "
+            "again, or name another file with --step_ckpt"
+        )
+    state["loss_weights"] = loss_weights
     state["model_state"] = model_state
     state["file"] = str(path)
     return state

@@ -16,8 +16,9 @@ from utils.checkpointing.store import Store
 from utils.runtime.signals import outlive_stop_signals
 
 #: What `Trainer.state_dict` returns, as far as the store looks at it.
-STATE = {"model": {"body.w": torch.ones(2)}, "optimizer": {}, "scheduler": {"last_epoch": 6}, "position": [3, 0, 3, 0],
-         "best_score": 0.5, "method": {"regularizer": {}}, "history": []}  # fmt: skip
+STATE = {"model": {"body.w": torch.ones(2), "head.w": torch.ones(1), "cls.w": torch.ones(1)}, "optimizer": {},
+         "scheduler": {"last_epoch": 6}, "position": [3, 0, 3, 0], "best_score": 0.5, "method": {"regularizer": {}, "other": {}},
+         "history": []}  # fmt: skip
 
 
 def make(folder, step=0, text="", task="6-2"):
@@ -59,9 +60,11 @@ def test_finished_checkpoint_has_the_official_keys(tmp_path):
     mine.save_finished(STATE, None)
     state = checkpoint_files.load(mine.finished(0))
     assert {"epoch", "model_state", "optimizer_state", "scheduler_state", "best_score", "trainer_state"} <= set(state)
-    assert state["epoch"] == 3 and state["trainer_state"] == {"regularizer": {}}
-    assert list(state["model_state"]) == ["module.body.w", "module.head.lossweights"]
-    assert torch.equal(state["model_state"]["module.head.lossweights"], torch.ones(9))
+    assert (
+        state["epoch"] == 2 and state["trainer_state"] == {"regularizer": {}} and state["method_state"] == {"other": {}}
+    )
+    assert list(state["model_state"]) == ["module.body.w", "module.head.w", "module.cls.w"]
+    assert "loss_weights" not in state
     assert state["task"] == {"dataset": "shapes", "name": "6-2", "step": 0, "steps": [[0, 1, 2, 3, 4, 5, 6]]}
     assert state["options"]["backbone"] == "resnet18" and state["options"]["lr_of_step"] == 0.01
     assert not mine.unfinished(0).exists()
@@ -69,9 +72,21 @@ def test_finished_checkpoint_has_the_official_keys(tmp_path):
 
 def test_the_next_step_reads_it(tmp_path):
     make(tmp_path).save_finished(STATE, torch.arange(9.0))
+    written = checkpoint_files.load(make(tmp_path).finished(0))
+    assert list(written["model_state"])[1:3] == ["module.head.lossweights", "module.head.w"]
+    assert "loss_weights" not in written
     state = make(tmp_path, 1).load_previous()
-    assert list(state["model_state"]) == ["body.w"]
+    assert list(state["model_state"]) == ["body.w", "head.w", "cls.w"]
     assert torch.equal(state["loss_weights"], torch.arange(9.0))
+
+
+def test_a_step_without_lambda_hands_it_on(tmp_path):
+    make(tmp_path).save_finished(STATE, torch.arange(9.0))
+    second = make(tmp_path, 1)
+    second.load_previous()
+    second.save_finished(STATE, None)
+    assert "module.head.lossweights" not in checkpoint_files.load(second.finished(1))["model_state"]
+    assert torch.equal(make(tmp_path, 2).load_previous()["loss_weights"], torch.arange(9.0))
 
 
 def test_official_checkpoints_are_taken(tmp_path):
@@ -216,7 +231,7 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 def test_a_finished_step_of_other_options_is_not_taken_for_this_one(tmp_path):
     make(tmp_path).save_finished(STATE, None)
-    assert make(tmp_path).check_finished()["epoch"] == 3
+    assert make(tmp_path).check_finished()["epoch"] == 2
     assert "epochs was 1, is 2" in refusal(make(tmp_path, 0, "--epochs 2").check_finished)
 
 
