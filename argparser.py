@@ -25,6 +25,9 @@ from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
+RATES = (
+    "learning rates: one for all steps, or one for each of --step; else the first for step 0, the last for later ones"
+)
 POD_TAPS = ("pod", "pod", "md", "md", "md+mcd", "md")
 
 
@@ -217,8 +220,8 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     add, switch = group.add_argument, partial(_switch, group)
     add("--epochs", type=int, default=30, help="epochs of each step")
-    add("--lr", type=float, default=[0.007], nargs="+", help="learning rate: one, or one a step (the last one repeats)")
-    add("--lr_old", type=float, default=None, help="learning rate of the classifiers of earlier steps")
+    add("--lr", type=float, default=[0.007], nargs="+", help=RATES)
+    add("--lr_old", type=float, default=None, help="factor of the learning rate for the classifiers of earlier steps")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (Nesterov)")
     add("--weight_decay", type=float, default=1e-4, help="weight decay")
     add("--lr_policy", type=str, default="poly", choices=["poly", "step"], help="schedule, by iteration")

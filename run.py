@@ -37,6 +37,7 @@ from dataset.sampler import EpochSampler, PartSampler, end_workers, kill_workers
 from dataset.tasks import Task
 from dataset.transform import denormalise
 from train import NonFiniteLoss, Trainer
+from utils import scheduler
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
@@ -195,7 +196,7 @@ def announce(opts: Namespace, device: torch.device) -> None:
 def options_of_step(opts: Namespace, task: Task) -> Namespace:
     """The options as this step sees them: its learning rate and its pseudo-label threshold."""
     opts = copy.copy(opts)
-    opts.lr_of_step = opts.lr[min(task.step, len(opts.lr) - 1)]
+    opts.lr_of_step = scheduler.rate_of_step(opts.lr, opts.step, task.step)
     opts.threshold_of_step = opts.threshold + task.step * (opts.step_threshold or 0.0)
     return opts
 

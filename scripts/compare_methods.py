@@ -3,8 +3,9 @@
     python scripts/compare_methods.py --methods FT PLOP LSKD --seeds 1 2 --out runs/shapes -- \
         --dataset shapes --task 6-2 --overlap --backbone resnet18 --no_pretrained --epochs 20
 
-What stands after `--` goes to run.py as it is, for all methods; `--only "EWC=--reg_importance 10"` adds words for one. Methods that
-only differ from step 1 on share one step 0 per seed, as the papers do.
+What stands after `--` goes to run.py, for all methods; several values of `--lr` there are meant for all steps of the task.
+`--only "EWC=--reg_importance 10"` adds words for one method. Methods that only differ from step 1 on share one step 0 per seed, as
+the papers do.
 A comparison that was stopped continues where it was. Beside the table, `--out` gets a figure of the mIoU by step.
 """
 
@@ -16,6 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import argparser  # noqa: E402  (the project is run from its folder, not install
 import dataset  # noqa: E402
 import methods  # noqa: E402
 from scripts.report import draw_steps, markdown  # noqa: E402
+from utils import scheduler  # noqa: E402
 
 #: Options that change step 0 itself, so that a method which sets one needs a step 0 of its own.
 STEP0_OPTIONS = ("regularizer", "icarl", "bce", "cosine", "nb_background_modes", "focal_loss")
@@ -101,7 +104,8 @@ def shares_step0(arguments: argparse.Namespace, method: str) -> bool:
 def train_first(arguments: argparse.Namespace, method: str, seed: int) -> None:
     """Step 0 of a method: the shared one, or its own."""
     name, own = first_run(arguments, method)
-    run(arguments, words_of(arguments, seed, name, [*own, *_epochs(arguments.epochs_step0), "--step", "0"]))
+    words = [*own, *_epochs(arguments.epochs_step0), *rates(arguments, own, [0])]
+    run(arguments, words_of(arguments, seed, name, [*words, "--step", "0"]))
 
 
 def first_run(arguments: argparse.Namespace, method: str) -> tuple[str, list[str]]:
@@ -122,9 +126,9 @@ def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[d
     opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
     start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
-    words = [*of_method(arguments, method), "--step_ckpt", str(start), *_epochs(arguments.epochs_later)]
-    later = [str(step) for step in range(1, task.last_step + 1)]
-    run(arguments, words_of(arguments, seed, method, [*words, "--step", *later]))
+    own, later = of_method(arguments, method), range(1, task.last_step + 1)
+    words = [*own, "--step_ckpt", str(start), *_epochs(arguments.epochs_later), *rates(arguments, own, later)]
+    run(arguments, words_of(arguments, seed, method, [*words, "--step", *map(str, later)]))
     steps = {
         **document(arguments, f"{name}-seed{seed}", task.name)["steps"],
         **document(arguments, f"{method}-seed{seed}", task.name)["steps"],
@@ -146,6 +150,24 @@ def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
         order = list(reversed(arguments.methods))
         jobs = {m: [pool.submit(train_later, arguments, m, seed) for seed in arguments.seeds] for m in order}
         return {method: [job.result() for job in jobs[method]] for method in arguments.methods}
+
+
+def rates(arguments: argparse.Namespace, own: list[str], steps: Sequence[int]) -> list[str]:
+    """Words of run.py for the learning rates of some steps: several `--lr` are those of all steps of the task.
+
+    Args:
+        arguments: of this script.
+        own: words of one run beside those of all.
+        steps: that the run trains.
+
+    Returns:
+        `--lr` with a value for each of the steps; nothing where one value serves all.
+    """
+    opts = argparser.parse([*arguments.words, *own])
+    if len(opts.lr) == 1:
+        return []
+    task = range(dataset.load_task(opts, 0).last_step + 1)
+    return ["--lr", *(str(scheduler.rate_of_step(opts.lr, task, step)) for step in steps)]
 
 
 def _epochs(number: int | None) -> list[str]:

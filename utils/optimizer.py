@@ -23,8 +23,8 @@ def make_optimizer(
     `optimizer_state` numbers the parameters as there.
 
     Args:
-        opts: lr (of this step), lr_old, momentum, weight_decay, freeze.
-        task: `--lr_old` applies to the classifiers of earlier steps.
+        opts: lr_of_step, lr_old, momentum, weight_decay.
+        task: the classifiers of earlier steps learn with `--lr_old` times the step's learning rate.
         model: the student, not wrapped.
         extra: parameters of the balancer, λ.
         fused: whether the precision allows the fused step.
@@ -40,7 +40,10 @@ def make_optimizer(
     if opts.lr_old is not None and task.step > 0:
         earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
         held = {id(p) for p in earlier}
-        groups += [group(earlier, opts.lr_old), group(p for p in model.cls.parameters() if id(p) not in held)]
+        groups += [
+            group(earlier, opts.lr_old * opts.lr_of_step),
+            group(p for p in model.cls.parameters() if id(p) not in held),
+        ]
     else:
         groups.append(group(model.cls.parameters()))
     return torch.optim.SGD(

@@ -1,11 +1,29 @@
-"""Learning-rate schedules, stepped once per iteration."""
+"""Learning rates: of each step of a task, and schedules within a step, stepped once per iteration."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
+
+
+def rate_of_step(rates: Sequence[float], steps: Sequence[int], step: int) -> float:
+    """Learning rate that `--lr` gives a step.
+
+    Args:
+        rates: values of `--lr`.
+        steps: values of `--step`.
+        step: one of them.
+
+    Returns:
+        The only rate, if there is one. The rate at the step's place in `--step`, if there are as many rates as steps, as
+        in the official programs. Otherwise the first rate for step 0 and the last one for every later step.
+    """
+    if len(rates) > 1 and len(rates) == len(steps):
+        return rates[list(steps).index(step)]
+    return rates[0] if step == 0 else rates[-1]
 
 
 class PolyLR(LRScheduler):

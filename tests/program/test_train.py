@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import argparser
+import dataset
+import run
 import train
 from tests.support import thin
 from train import Meters, NonFiniteLoss
@@ -74,20 +77,49 @@ def test_optimizer_is_nesterov_sgd_over_all_parameters():
     assert held == {id(p) for p in step.model.parameters()} | {id(extra)}
 
 
-def test_old_classifiers_can_learn_at_a_rate_of_their_own():
-    step = thin.Step("--lr 0.3 --lr_old 0.01", ((0, 1, 2), (3,), (4, 5)))
+def test_lr_old_is_a_factor_of_the_learning_rate():
+    step = thin.Step("--lr 0.5 --lr_old 0.25", ((0, 1, 2), (3,), (4, 5)))
     groups = make_optimizer(step.opts, step.task, step.model, [], fused=False).param_groups
-    assert [g["lr"] for g in groups] == [0.3, 0.3, 0.01, 0.3]
+    assert [g["lr"] for g in groups] == [0.5, 0.5, 0.125, 0.5]
     assert groups[2]["params"] == [*step.model.cls[0].parameters(), *step.model.cls[1].parameters()]
     assert groups[3]["params"] == list(step.model.cls[2].parameters())
-    cosine = thin.Step("--lr 0.3 --lr_old 0.01 --cosine", ((0, 1, 2), (3,)))
+    cosine = thin.Step("--lr 0.5 --lr_old 0.25 --cosine", ((0, 1, 2), (3,)))
     optimizer = make_optimizer(cosine.opts, cosine.task, cosine.model, [], fused=False)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in cosine.model.parameters()}
-    first = thin.Step("--lr 0.3 --lr_old 0.01", ((0, 1, 2),))
+    first = thin.Step("--lr 0.5 --lr_old 0.25", ((0, 1, 2),))
     assert [g["lr"] for g in make_optimizer(first.opts, first.task, first.model, [], fused=False).param_groups] == [
-        0.3
+        0.5
     ] * 3
+
+
+@pytest.mark.parametrize(
+    ("rates", "steps", "expected"),
+    [
+        ("0.5", "0 1 2", [0.5, 0.5, 0.5]),
+        ("0.5", "2", [0.5]),
+        ("0.5 0.25", "1 2", [0.5, 0.25]),  # as many as steps: each has its own
+        ("0.5 0.25 0.125", "2 0 1", [0.5, 0.25, 0.125]),  # in the order of --step
+        ("0.5 0.25", "0 1", [0.5, 0.25]),
+        ("0.5 0.25", "0 1 2", [0.5, 0.25, 0.25]),  # otherwise the first for step 0, the last for later ones
+        ("0.5 0.25", "1", [0.25]),
+        ("0.5 0.25", "0", [0.5]),
+        ("0.5 0.25 0.125", "0 1", [0.5, 0.125]),
+        ("0.5 0.25 0.125", "1 2", [0.125, 0.125]),
+    ],
+)
+def test_learning_rates_belong_to_the_places_of_step(rates, steps, expected):
+    opts = argparser.parse(["--lr", *rates.split(), "--step", *steps.split()])
+    tasks = [dataset.load_task(thin.options(), step) for step in opts.step]
+    assert [run.options_of_step(opts, task).lr_of_step for task in tasks] == expected
+    lines = [line for line in argparser.notes(opts) if line.startswith("--lr ")]
+    if len(rates.split()) in (1, len(steps.split())):
+        assert not lines
+    else:
+        (line,) = lines
+        first, *unused, last = rates.split()
+        assert f"step 0 learns with {first}, every later step with {last}" in line
+        assert ("not used" in line) == bool(unused) and all(rate in line for rate in unused)
 
 
 def test_a_frozen_body_is_not_optimised():

@@ -31,6 +31,19 @@ def test_words_for_one_method():
     assert compare.first_run(arguments, "FT")[0] == "FT"  # a cosine classifier is one from step 0 on
 
 
+def test_learning_rates_are_those_of_the_whole_task():
+    """Steps 0 and later are two runs, but `--lr` means the places of all steps."""
+    words = [*TINY, "--task", "6-2"]
+    for given, expected in (
+        (["0.5"], [[], []]),
+        (["0.5", "0.25"], [["--lr", "0.5"], ["--lr", "0.25", "0.25"]]),
+        (["0.5", "0.25", "0.125"], [["--lr", "0.5"], ["--lr", "0.25", "0.125"]]),
+    ):
+        arguments = compare.parse(["--", *words, "--lr", *given])
+        assert [compare.rates(arguments, [], steps) for steps in ([0], [1, 2])] == expected
+    assert compare.rates(arguments, ["--lr", "1", "2"], [1, 2]) == ["--lr", "2.0", "2.0"]
+
+
 @pytest.mark.parametrize("text", ["EWC", "ewc=--lr 1", "=--lr 1"])
 def test_words_for_no_method_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -56,7 +69,7 @@ def test_table_by_hand():
 
 def test_a_comparison_from_end_to_end(tmp_path, capfd):
     words = ["--methods", "FT", "EWC", "--jobs", "2", "--out", str(tmp_path / "a b"), "--epochs_step0", "1"]
-    words += ["--epochs_later", "1", "--only", "EWC=--reg_importance 3", "--", *TINY]
+    words += ["--epochs_later", "1", "--only", "EWC=--reg_importance 3", "--", *TINY, "--lr", "0.01", "0.002"]
     assert compare.main(words) == 0
     out = tmp_path / "a b"
     assert "| FT " in (out / "table.md").read_text() and (out / "miou_by_step.png").stat().st_size > 1000
@@ -64,6 +77,8 @@ def test_a_comparison_from_end_to_end(tmp_path, capfd):
     assert sorted(stored) == [f"all_shapes_6-4_{name}-seed42" for name in ("EWC", "FT", "base")]
     assert sorted(stored["all_shapes_6-4_EWC-seed42"]["steps"]) == ["0", "1"]
     assert stored["all_shapes_6-4_EWC-seed42"]["options"]["reg_importance"] == 3
+    rates = {name.split("_")[-1]: document["options"]["lr_of_step"] for name, document in stored.items()}
+    assert rates == {"base-seed42": 0.01, "EWC-seed42": 0.002, "FT-seed42": 0.002}
     first = capfd.readouterr().out
     assert compare.main(words) == 0  # nothing is trained twice
     again = capfd.readouterr().out

@@ -190,6 +190,12 @@ def notes(opts: Namespace) -> list[str]:
         for dest in dests.split()
         if dest in opts.explicit and _on(opts, dest) and not met(opts)
     ]
+    if len(opts.lr) not in (1, len(opts.step)):
+        unused = ", ".join(f"{rate:.10g}" for rate in opts.lr[1:-1])
+        lines.append(
+            f"--lr has {len(opts.lr)} values and --step {len(opts.step)}: step 0 learns with {opts.lr[0]:.10g}, every later "
+            f"step with {opts.lr[-1]:.10g}" + (f"; {unused} is not used" if unused else "")
+        )
     if opts.pseudo is not None and 0 in opts.step:
         lines.append(f"--pseudo {opts.pseudo} does nothing at step 0: there is no earlier model to label with")
     return lines

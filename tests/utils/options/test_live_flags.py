@@ -221,7 +221,7 @@ def test_optimizer():
     step = thin.Step(words, steps)
     *others, old, new = step.trainer().optimizer.param_groups
     assert all((group["momentum"], group["weight_decay"]) == (0.5, 0.25) for group in (*others, old, new))
-    assert all(group["initial_lr"] == 0.3 for group in (*others, new)) and old["initial_lr"] == 0.1
+    assert all(group["initial_lr"] == 0.3 for group in (*others, new)) and old["initial_lr"] == pytest.approx(0.03)
     earlier = {id(p) for i in (0, 1) for p in step.model.cls[i].parameters()}
     assert {id(p) for p in old["params"]} == earlier
     assert {id(p) for p in new["params"]} == {id(p) for p in step.model.cls[2].parameters()}
