@@ -302,7 +302,7 @@ class StepRun:
         self.class_names = [names[label] for label in self.task.label_ids]
         opts, world = self.opts, distributed.world_size()
         self.sampler = EpochSampler(
-            len(self.splits.train), opts.batch_size, opts.random_seed, distributed.rank(), world
+            len(self.splits.train), opts.batch_size, opts.random_seed, distributed.rank(), world, self.task.step
         )
         if not self.test_only:
             require_batches(len(self.splits.train), opts, self.task)

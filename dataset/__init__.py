@@ -81,7 +81,7 @@ def build(opts: Namespace, task: Task) -> Splits:
         val = _labelled(train_source, held_out, learning, evaluate)
     else:
         val = _labelled(val_source, _chosen(val_source, task, task.new), learning, evaluate)
-    train = _labelled(train_source, indices, learning, TrainTransform(opts.crop_size), opts.random_seed)
+    train = _labelled(train_source, indices, learning, TrainTransform(opts.crop_size), opts.random_seed, task.step)
     if opts.test_on_val:
         return Splits(train, val, val)
     test_source = train_source if opts.val_on_trainset else val_source
@@ -160,8 +160,10 @@ def _four_fifths(indices: np.ndarray, seed: int, title: str) -> tuple[np.ndarray
     return np.sort(shuffled[:cut]), np.sort(shuffled[cut:])
 
 
-def _labelled(source: Source, indices: np.ndarray, labels: np.ndarray, transform, seed: int = 0) -> SegmentationSet:
+def _labelled(
+    source: Source, indices: np.ndarray, labels: np.ndarray, transform, seed: int = 0, step: int = 0
+) -> SegmentationSet:
     """A data set whose table leads from the values of a mask to labels, in one look-up."""
     classes = getattr(source, "class_table", np.arange(256))
     table = np.where(classes >= 0, labels[classes], IGNORE)
-    return SegmentationSet(source, indices, table, transform, seed)
+    return SegmentationSet(source, indices, table, transform, seed, step)

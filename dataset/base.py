@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.transform import Pair, normalise
+from utils.random_streams import TRAINING, stream_seed
 from utils.types import IGNORE
 
 Transform = Callable[[Tensor, Tensor], Pair]
@@ -50,8 +49,9 @@ class Splits(NamedTuple):
 class SegmentationSet(Dataset):
     """Some images of a source, with the labels of a step.
 
-    The random draws of a sample depend only on (seed, epoch, image): neither the number of worker processes nor the
-    place in the queue moves them, so that a resumed run needs no state of its workers.
+    The random draws of a sample depend only on the seed, what the sample is read for, the step, the epoch and the image:
+    neither the number of worker processes nor the place in the queue moves them, so that a resumed run needs no state
+    of its workers.
 
     Args:
         source: images and masks.
@@ -59,18 +59,26 @@ class SegmentationSet(Dataset):
         table: (256,) uint8, from class ids to labels (`Task.label_table`).
         transform: of image and mask, jointly.
         seed: of the random draws.
+        step: of the task; an image that two steps show is drawn anew in each.
     """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], table: np.ndarray, transform: Transform, seed: int = 0
+        self,
+        source: Source,
+        indices: Sequence[int],
+        table: np.ndarray,
+        transform: Transform,
+        seed: int = 0,
+        step: int = 0,
     ) -> None:
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.transform = transform
-        self.seed = seed
+        self.seed, self.step = seed, step
         self._table = table.astype(np.uint8).tobytes()
-        # shared memory: persistent workers see the epoch that the main process sets
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # shared memory: persistent workers see the stream that the main process chooses
+        self._stream = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,9 +87,8 @@ class SegmentationSet(Dataset):
         """Image (3, H, W) float32, normalised, and labels (H, W) uint8 (a quarter to an eighth of the transfer)."""
         index = int(self.indices[position])
         image, mask = self.source.read(index)
-        digest = hashlib.blake2b(struct.pack("<3q", self.seed, int(self._epoch), index), digest_size=8).digest()
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+        torch.default_generator.manual_seed(stream_seed(int(self._stream), index))
         try:
             pair = self.transform(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask))
         finally:
@@ -93,9 +100,14 @@ class SegmentationSet(Dataset):
         labels = bytearray(mask.contiguous().numpy()).translate(self._table)
         return torch.frombuffer(labels, dtype=torch.uint8).view(mask.shape)
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose random draws the next samples get; reaches running workers."""
-        self._epoch.fill_(epoch)
+    def set_epoch(self, epoch: int, purpose: str = TRAINING) -> None:
+        """Choose the random draws of the next samples; reaches running workers.
+
+        Args:
+            epoch: number of the pass over the images.
+            purpose: what they are read for: each purpose has draws of its own.
+        """
+        self._stream.fill_(stream_seed(self.seed, "crops", purpose, self.step, epoch))
 
     def files(self, position: int) -> tuple[str, ...]:
         """Names of the files behind a sample."""

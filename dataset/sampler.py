@@ -1,4 +1,4 @@
-"""Which samples a process sees, in which order: a function of (seed, epoch) alone, so that a run can stop and continue anywhere."""
+"""Which samples a process sees, in which order: a function of seed, step and epoch alone. A run can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.random_streams import stream_seed
 from utils.runtime.signals import outlive_stop_signals
 
 #: A process that loads data and hands over no batch for so long is stuck. Up to Python 3.11 one can be from its start: where a thread of
@@ -27,12 +28,13 @@ class EpochSampler(Sampler[int]):
         batch_size: per process.
         seed: of the run.
         rank, world_size: this process and how many there are.
+        step: of the task; steps have orders of their own.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, step: int = 0):
         self.length = length
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed, self.step = seed, step
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -50,7 +52,7 @@ class EpochSampler(Sampler[int]):
 
     def indices(self) -> list[int]:
         """This process's samples of the current epoch, complete batches only."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.step, self.epoch))
         order = torch.randperm(self.length, generator=generator)[: self.batches * self.batch_size * self.world_size]
         return order[self.rank :: self.world_size].tolist()
 

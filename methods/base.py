@@ -32,6 +32,8 @@ class Part:
     #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official
     #: one, else in "method_state".
     state_key: ClassVar[str] = ""
+    #: What `begin_step` reads images for: each purpose has random crops of its own, and none those of the training.
+    purpose: ClassVar[str] = "statistics"
 
     def __init__(self, opts: Namespace, task: Task):
         self.opts = opts
@@ -43,7 +45,7 @@ class Part:
         raise NotImplementedError(f"{cls.__name__} does not say when it is enabled")
 
     def begin_step(self, loader: Iterable, teacher: nn.Module | None, device: torch.device) -> None:
-        """Called once before the first iteration of a step; not after a resume."""
+        """Called once before the first iteration of a step; not after a resume. The loader's crops are those of `purpose`."""
 
     def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
         """Called once the student is built.
@@ -163,7 +165,10 @@ class Method:
 
     def begin_step(self, loader: Iterable, teacher: nn.Module | None, device: torch.device) -> None:
         """Statistics a part needs before the first iteration, such as PLOP's thresholds."""
+        data = getattr(loader, "dataset", None)
         for part in self.parts:
+            if hasattr(data, "set_epoch"):
+                data.set_epoch(0, part.purpose)
             part.begin_step(loader, teacher, device)
 
     def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:

@@ -129,6 +129,8 @@ class WeightAlignment(Part):
 class BackgroundModes(Part):
     """Start the new classes from the background modes that respond to them (--init_multimodal)."""
 
+    purpose = "initialisation"
+
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """From step 1 on, with several background modes; --init_balanced wins over it, as in the official program."""

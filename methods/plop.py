@@ -31,6 +31,7 @@ class PseudoLabels(Part):
 
     needs_teacher = True
     state_key = "pseudo_labels"
+    purpose = "thresholds"
 
     def __init__(self, opts: Namespace, task: Task):
         super().__init__(opts, task)

@@ -149,6 +149,24 @@ def test_samples_do_not_depend_on_workers(root):
     assert not torch.equal(other_seed[0][0], alone[0][0])
 
 
+def test_crops_differ_by_step_epoch_and_purpose(root):
+    """Of one image, which both steps show; each stream gives the same crop whenever it is chosen again."""
+    first, second = (build(root, step).train for step in (0, 1))
+    (index, *_) = sorted(set(first.indices) & set(second.indices))
+
+    def crop(data, *stream):
+        data.set_epoch(*stream)
+        return data[data.indices.tolist().index(index)][0]
+
+    streams = [(0,), (1,), (0, "thresholds"), (1, "thresholds"), (0, "initialisation")]
+    crops = [crop(data, *stream) for data in (first, second) for stream in streams]
+    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+    again = [crop(data, *stream) for data in (first, second) for stream in streams]
+    assert all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
+    assert torch.equal(crop(first, 0, "training"), crops[0])
+    assert torch.equal(build(root, 0).train[first.indices.tolist().index(index)][0], crops[0])  # epoch 0 is the default
+
+
 # ---- the scan
 
 

@@ -170,6 +170,29 @@ def test_several_steps_at_once_equal_one_by_one(trained, tmp_path):
     assert state["options"]["lr_of_step"] == 0.002
 
 
+def test_no_stream_of_crops_is_used_twice(tmp_path, monkeypatch):
+    """Not in two epochs or two steps, and not for the thresholds, the background modes and the training."""
+    seeds, streams, choose, crop = [], [], dataset.SegmentationSet.set_epoch, dataset.TrainTransform.__call__
+
+    def chosen(data, epoch, purpose="training"):
+        streams.append((purpose, data.step, epoch))
+        choose(data, epoch, purpose)
+
+    def cropped(*args):
+        seeds.append((torch.initial_seed(), streams[-1]))
+        return crop(*args)
+
+    monkeypatch.setattr(dataset.SegmentationSet, "set_epoch", chosen)
+    monkeypatch.setattr(dataset.TrainTransform, "__call__", cropped)
+    text = "--task 6-2 --step 0 1 2 --epochs 2 --pseudo entropy --nb_background_modes 2 --init_multimodal max"
+    assert thin.launch(tmp_path, text) == 0
+    assert len({seed for seed, _ in seeds}) == len(seeds)
+    assert {stream for _, stream in seeds} == {
+        *(("training", step, epoch) for step in (0, 1, 2) for epoch in (0, 1)),
+        *((purpose, step, 0) for purpose in ("thresholds", "initialisation") for step in (1, 2)),
+    }
+
+
 def test_a_step_leaves_no_memory_to_the_next(tmp_path, monkeypatch):
     alive, steps = [], []
     build = run.StepRun._build_trainer

@@ -71,6 +71,7 @@ class Interruptible:
 
     def __init__(self, loader: Iterable, stop: StopRequest):
         self.loader = loader
+        self.dataset = getattr(loader, "dataset", None)
         self.stop = stop
 
     def __iter__(self) -> Iterator:

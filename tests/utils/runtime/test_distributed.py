@@ -391,6 +391,7 @@ def test_an_epoch_can_be_entered_anywhere():
     sampler.set_position(1)
     assert list(sampler) != whole
     assert list(EpochSampler(11, 2, seed=4)) != whole
+    assert list(EpochSampler(11, 2, seed=3, step=1)) != whole
 
 
 def test_evaluation_is_dealt_out_once():
