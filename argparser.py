@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         _output_distillation, _regularisation, _pseudo, _pod, _lskd, _classifier,
     ):  # fmt: skip
         add_group(parser)
-    for add_options in dict.fromkeys(method.add_options for method in methods.METHODS.values()):
-        add_options(parser)  # once, however many methods inherit it
+    for part in methods.all_parts():
+        part.add_options(parser)
     return parser
 
 

@@ -13,41 +13,40 @@ import copy
 import gc
 import json
 import os
-import re
 import signal
 import sys
-import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader
 
 import argparser
 import dataset
 import methods
 import segmentation_module
-from dataset.sampler import EpochSampler, PartSampler, end_workers, kill_workers, make_loader
+from dataset.sampler import EpochSampler, Interruptible, kill_workers
+from dataset.step_data import StepData, require_batches
 from dataset.tasks import Task
 from dataset.transform import denormalise
-from train import NonFiniteLoss, Trainer
+from segmentation_module import SegmentationModel
+from train import Trainer
 from utils import scheduler
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
 from utils.reporting import results, visualize
+from utils.reporting.context import Context
 from utils.reporting.logger import Logger
-from utils.runtime import amp, distributed, memory
-from utils.runtime.signals import Interruptible, Stopped, StopRequest
-
-#: Exit codes: a user's error, a loss that is not finite, another process that is gone.
-USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
+from utils.runtime import amp, distributed, errors, memory
+from utils.runtime.errors import NonFiniteLoss
+from utils.runtime.signals import Stopped, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif distributed.first_here():
             print(methods.describe())
     except (Stopped, NonFiniteLoss, ValueError, OSError, RuntimeError, MemoryError) as error:
-        code = report(error, opts.debug)
+        code = errors.report(error, opts.debug)
         if code is None:
             raise
         return code
@@ -83,41 +82,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         return argparser.parse(argv)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         return argparser.parse(argv)
-
-
-def report(error: Exception, debug: bool) -> int | None:
-    """Say on stderr, once over all processes, why the program ends.
-
-    Args:
-        error: what ended it.
-        debug: print where it was raised, too.
-
-    Returns:
-        The exit code; None for an error that only a bug explains.
-    """
-    said, code = distributed.is_main(), NON_FINITE
-    text = f"error: {error}"
-    if isinstance(error, Stopped):
-        text, code = f"{error}; the same command with --resume continues", error.exit_code
-    elif isinstance(error, (ValueError, OSError)):
-        said, code = distributed.should_print(error), USER_ERROR
-        # An error of a worker process that loads data brings a traceback, whose last line is the message.
-        last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
-        text = f"error: {last_line.split(str(error))[-1].strip()}"
-    elif lack := memory.shortage(error):
-        said, code, text = True, USER_ERROR, f"error: {lack}"
-    elif distributed.peer_lost(error):
-        said, code = True, PEER_LOST
-        text = (
-            f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
-        )
-    elif not isinstance(error, NonFiniteLoss):
-        return None
-    if debug:
-        traceback.print_exc()
-    if said:
-        print(text, file=sys.stderr)
-    return code
 
 
 def run(opts: Namespace) -> None:
@@ -172,16 +136,6 @@ def check_later_steps(opts: Namespace) -> None:
             store.require_previous()
 
 
-def require_batches(images: int, opts: Namespace, task: Task) -> None:
-    """Refuse a step whose training images do not fill one batch."""
-    world = distributed.world_size()
-    if images < opts.batch_size * world and not opts.test:
-        raise ValueError(
-            f"step {task.step} of {task.name} has {images} training images, fewer than one batch of "
-            f"{opts.batch_size} x {world} process(es); lower --batch_size"
-        )
-
-
 def announce(opts: Namespace, device: torch.device) -> None:
     """Say once what a preset, an official leftover or a mapping changes."""
     if opts.preset_applied:
@@ -232,6 +186,37 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
     return faults
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do for a step.
+
+    Attributes:
+        finished: it is trained, tested and recorded.
+        test_only: it is trained, or `--test` asks for nothing else.
+    """
+
+    finished: bool
+    test_only: bool
+
+
+class Prepared(NamedTuple):
+    """Networks and data of a training.
+
+    Attributes:
+        model: the student.
+        teacher: the frozen model of step t−1, where the method uses it.
+        previous: checkpoint of step t−1, empty at step 0.
+        resumed: what an interrupted run of the step left, or None.
+        data: data sets and loaders.
+    """
+
+    model: SegmentationModel
+    teacher: torch.nn.Module | None
+    previous: dict[str, Any]
+    resumed: dict[str, Any] | None
+    data: StepData
+
+
 class StepRun:
     """One step of a task, from its data to its row in the results.
 
@@ -246,166 +231,160 @@ class StepRun:
         self.opts, self.task, self.device, self.stop = opts, task, device, stop
         self.store = Store(opts, task)
         self.log = Logger(progress=not opts.no_progress)
-        self.lock: FileLock | None = None
-        self.train_loader: DataLoader | None = None
-        #: Iterations that the tested weights were trained for, the abscissa of their test.
-        self.iterations = 0
 
     def go(self) -> None:
         """Train (unless the step is finished or only a test is asked for), test, record."""
-        distributed.on_main(self._claim)
+        lock = distributed.on_main(self._claim, local=True)
         try:
-            if distributed.on_main(self._finished_before):
+            plan: Plan = distributed.on_main(self._plan)
+            if plan.finished:
                 self.log.info(
                     f"step {self.task.step} of {self.task.name} is finished: {self.store.finished(self.task.step)}"
                 )
                 return
             # The main process scans the files first, the others then find its cache.
-            self.test_only = distributed.on_main(lambda: dataset.build(self.opts, self.task) and self.test_only)
-            distributed.run_on_all(self._build_data)
-            resumed = distributed.run_on_all(self._build_trainer)
-            self.trainer.start(self.sampler.batches)
-            if not self.test_only:
-                self._train(resumed)
-                self.iterations = self.trainer.total_iterations
-            self._test()
+            distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
+            if plan.test_only:
+                self._test_checkpoint()
+            else:
+                self._train_and_test()
         finally:
-            if self.train_loader is not None:
-                end_workers(self.train_loader)
             self.log.close()
-            if self.lock is not None:
-                self.lock.release()
+            if lock is not None:
+                lock.release()
 
     # ------------------------------------------------------------- before work
 
-    def _claim(self) -> None:
-        """Refuse what could not be finished or would disturb another run."""
+    def _claim(self) -> FileLock | None:
+        """Refuse what could not be finished or would disturb another run; the lock on the step, for a training."""
         self.store.check_writable(self.opts.results, self.opts.logdir)
-        if not self.opts.test:
-            self.lock = self.store.lock()
+        return None if self.opts.test else self.store.lock()
 
-    def _finished_before(self) -> bool:
-        """Whether `--resume` finds the step trained, tested and recorded."""
-        self.test_only = self.opts.test
+    def _plan(self) -> Plan:
+        """What `--test` and `--resume` leave to do."""
         resumable = self.opts.resume and not self.opts.test and not self.store.interrupted()
         if not resumable or not self.store.finished(self.task.step).is_file():
-            return False
+            return Plan(finished=False, test_only=self.opts.test)
         state = self.store.check_finished()
         self._continue_date(state)
-        self.test_only = not results.recorded(self.opts, self.task, state["model_state"])
-        return not self.test_only
+        recorded = results.recorded(self.opts, self.task, state["model_state"])
+        return Plan(finished=recorded, test_only=True)
 
-    def _build_data(self) -> None:
-        """Data sets and loaders."""
-        self.splits = dataset.build(self.opts, self.task)
-        names = dataset.class_names(self.opts)
-        self.class_names = [names[label] for label in self.task.label_ids]
-        opts, world = self.opts, distributed.world_size()
-        self.sampler = EpochSampler(
-            len(self.splits.train), opts.batch_size, opts.random_seed, distributed.rank(), world, self.task.step
-        )
-        if not self.test_only:
-            require_batches(len(self.splits.train), opts, self.task)
-        pin = self.device.type == "cuda"
-        self.train_loader = make_loader(self.splits.train, self.sampler, opts.batch_size, opts, pin, lasting=True)
-        # Full images differ in size and cannot share a batch.
-        per_batch = opts.batch_size if opts.crop_val else 1
-        self.val_loader, self.test_loader = (
-            make_loader(split, PartSampler(len(split), distributed.rank(), world), per_batch, opts, pin)
-            for split in (self.splits.val, self.splits.test)
-        )
-
-    # ------------------------------------------------------------------ models
-
-    def _build_trainer(self) -> dict[str, Any] | None:
-        """Networks, method and trainer; returns what an interrupted run left, or None."""
-        task, opts = self.task, self.opts
-        previous: dict[str, Any] = {}
-        teacher = None
-        resumed = self.store.load_unfinished() if opts.resume and not self.test_only else None
-        if self.store.damage:
-            self.log.info(f"note: {self.store.damage}; going on from the state before it")
-        if task.step > 0 and not self.test_only:
-            previous = self.store.load_previous()
-            self._continue_date(previous)
-            teacher = segmentation_module.build_teacher(opts, task, previous).to(self.device)
-        fresh = task.step == 0 and not self.test_only and opts.ckpt is None and resumed is None
-        model = segmentation_module.build_student(opts, task, previous, pretrained=fresh)
-        history = self._load_tested(model) if self.test_only else []
-        model = model.to(self.device)
-        if opts.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-            teacher = teacher.to(memory_format=torch.channels_last) if teacher is not None else None
-        method = methods.build(opts, task)
-        method.attach(model, previous)
-        self.trainer = Trainer(opts, task, method, model, teacher, self.device, self.log)
-        self.trainer.stop, self.trainer.history = self.stop, history
-        self.trainer.files_of_batch = self._files_of_batch
-        self.trainer.balancer.inherit(previous.get("loss_weights"))
-        return resumed
-
-    def _load_tested(self, model: torch.nn.Module) -> list[dict]:
-        """Put the weights that are to be tested into the model; returns how their training went."""
-        path = Path(self.opts.ckpt) if self.opts.ckpt else self.store.finished(self.task.step)
-        state = self.store.load_tested(path)
-        segmentation_module.load_weights(model, state["model_state"], path, strict=self.opts.strict_weights)
-        self.iterations = (state.get("scheduler_state") or {}).get("last_epoch", 0)
-        return state.get("history", [])
-
-    def _continue_date(self, previous: dict[str, Any]) -> None:
+    def _continue_date(self, previous: Mapping[str, Any]) -> None:
         """The results of a task that runs past midnight stay in the file of its first step."""
         if "date" not in self.opts.explicit:
             self.opts.date = previous.get("options", {}).get("date", self.opts.date)
 
-    def _files_of_batch(self) -> list[str]:
-        """Files of the batch under way, of all processes."""
-        mine = [
-            str(name) for index in self.sampler.batch(self.trainer.iteration) for name in self.splits.train.files(index)
-        ]
-        return [name for names in distributed.gather_objects(mine) for name in names]
+    # ------------------------------------------------------------------ models
+
+    def _test_checkpoint(self) -> None:
+        """Test the checkpoint of the step, train nothing."""
+        opts, task = self.opts, self.task
+        method = methods.build(opts, task)
+        data, state, model = distributed.run_on_all(lambda: self._load_tested(method))
+        try:
+            context = Context(self.device, self.log, self.stop)
+            trainer = Trainer(opts, task, method, model, None, context, len(data.batches))
+            trainer.history[:] = state.get("history", [])
+            distributed.on_main(self._open_log)
+            iterations = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
+            self._test(trainer, data, iterations)
+        finally:
+            data.batches.close()
+
+    def _load_tested(self, method: methods.Method) -> tuple[StepData, dict[str, Any], SegmentationModel]:
+        """Data, checkpoint and network of a test."""
+        opts, task = self.opts, self.task
+        path = Path(opts.ckpt) if opts.ckpt else self.store.finished(task.step)
+        state = self.store.load_tested(path)
+        model = segmentation_module.build_network(opts, task.classes_per_step, False, method.wrap_model)
+        segmentation_module.load_weights(model, state["model_state"], path, strict=opts.strict_weights)
+        return StepData(opts, task, self.device), state, self._placed(model)
+
+    def _placed(self, model: SegmentationModel) -> SegmentationModel:
+        """The network on the device, in the layout of the run."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.opts.channels_last else model
+
+    def _train_and_test(self) -> None:
+        method = methods.build(self.opts, self.task)
+        prepared = distributed.run_on_all(lambda: self._prepare(method))
+        data, previous, resumed = prepared.data, prepared.previous, prepared.resumed
+        try:
+            if resumed is None and self.opts.ckpt is None:
+                method.init_classifier(prepared.model, prepared.teacher, data.batches, self.device)
+            context = Context(self.device, self.log, self.stop, data.files_of_batch, self.opts.ckpt_minutes)
+            trainer = Trainer(
+                self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
+            )
+            trainer.balancer.inherit(previous.get("loss_weights", {}))
+            self._train(trainer, data, previous, resumed)
+            self._test(trainer, data, trainer.total_iterations)
+        finally:
+            data.batches.close()
+
+    def _prepare(self, method: methods.Method) -> Prepared:
+        """Networks and data of a training, and what an interrupted run left."""
+        task, opts = self.task, self.opts
+        resumed = self.store.load_unfinished() if opts.resume else None
+        if self.store.damage:
+            self.log.info(f"note: {self.store.damage}; going on from the state before it")
+        previous: dict[str, Any] = {}
+        teacher = None
+        if task.step > 0:
+            previous = self.store.load_previous()
+            self._continue_date(previous)
+            if method.uses_teacher:
+                teacher = self._placed(segmentation_module.build_teacher(opts, task, previous, method.wrap_model))
+        fresh = task.step == 0 and opts.ckpt is None and resumed is None
+        model = segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model)
+        model = self._placed(model)
+        method.attach(model, teacher, previous)
+        data = StepData(opts, task, self.device, method.replay)
+        return Prepared(model, teacher, previous, resumed, data)
 
     # ---------------------------------------------------------------- training
 
-    def _train(self, resumed: dict[str, Any] | None) -> None:
-        trainer, task = self.trainer, self.task
+    def _train(
+        self, trainer: Trainer, data: StepData, previous: Mapping[str, Any], resumed: dict[str, Any] | None
+    ) -> None:
+        task = self.task
         if resumed is not None:
-            distributed.run_on_all(lambda: self._continue(resumed))
-        distributed.on_main(lambda: self._prepare_outputs(fresh=resumed is None))
+            distributed.run_on_all(lambda: self._continue(trainer, resumed))
+        distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=resumed is None))
         if resumed is None:
-            self.sampler.set_position(0)
-            trainer.method.begin_step(Interruptible(self.train_loader, self.stop), trainer.teacher, self.device)
+            trainer.method.begin_step(Interruptible(data.batches, self.stop), trainer.teacher, self.device)
             if signum := distributed.max_over_ranks(self.stop.signum):
                 raise Stopped(signum)
         try:
             if self.opts.trial_batch:
                 with memory.trial(self.opts.batch_size, self.opts.crop_size):
-                    trainer.trial(self.train_loader)
-            trainer.fit(self.train_loader, self.val_loader, self._save_unfinished)
+                    trainer.trial(data.batches)
+            trainer.fit(data.batches, data.val_loader, lambda: self._save_unfinished(trainer))
         except NonFiniteLoss:
             state = trainer.state_dict()
             aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
             distributed.on_main(lambda: checkpoint_files.save(aside, {"state": state}))
             self.log.info(f"the state before the non-finite loss is in {aside}")
             raise
-        trainer.method.end_step(trainer.network)
+        trainer.method.end_step(trainer.network, data.batches, self.device)
         state = trainer.state_dict()
-        distributed.on_main(lambda: self.store.save_finished(state, trainer.balancer.loss_weights))
+        state["model"] = trainer.method.export(state["model"])
+        weights, inherited = trainer.balancer.loss_weights, previous.get("loss_weights", {})
+        distributed.on_main(lambda: self.store.save_finished(state, weights, inherited))
 
-    def _continue(self, resumed: dict[str, Any]) -> None:
+    def _continue(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
         self._continue_date(resumed)
-        self.trainer.load_state_dict(resumed["state"])
-        self.log.info(
-            f"resumed step {self.task.step} at epoch {self.trainer.epoch + 1}, iteration {self.trainer.iteration + 1}"
-        )
+        trainer.load_state_dict(resumed["state"])
+        self.log.info(f"resumed step {self.task.step} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
 
-    def _prepare_outputs(self, fresh: bool) -> None:
+    def _prepare_outputs(self, trainer: Trainer, fresh: bool) -> None:
         """Refuse outputs that would fail at the end of the step, then open them."""
-        network, kept = self.trainer.network, (self.trainer.method.state_dict(), self.trainer.balancer.state_dict())
-        self.store.require_space(
-            checkpoint_files.size([network.state_dict(), *network.parameters(), *kept])
-        )  # and momenta
+        network, kept = trainer.network, (trainer.method.state_dict(), trainer.balancer.state_dict())
+        # The parameters stand for their momenta
+        self.store.require_space(checkpoint_files.size([network.state_dict(), *network.parameters(), *kept]))
         results.check(self.opts, self.task)
-        self._open_log(0 if fresh else self.trainer.total_iterations)
+        self._open_log(0 if fresh else trainer.total_iterations)
         if fresh:
             self.store.begin()
 
@@ -414,34 +393,33 @@ class StepRun:
         folder = Path(opts.logdir) / f"{task.name}-{task.dataset}" / opts.name / f"step-{task.step}"
         self.log.open(folder, first_iteration)
 
-    def _save_unfinished(self) -> None:
-        state = self.trainer.state_dict()
+    def _save_unfinished(self, trainer: Trainer) -> None:
+        state = trainer.state_dict()
         distributed.on_main(lambda: self.store.save_unfinished(state))
 
     # -------------------------------------------------------------------- test
 
-    def _test(self) -> None:
-        trainer, task = self.trainer, self.task
-        if self.test_only:
-            distributed.on_main(self._open_log)
-        scores = trainer.evaluate(self.test_loader, keep=self.opts.sample_num)
+    def _test(self, trainer: Trainer, data: StepData, iterations: int) -> None:
+        """Test the trainer's network and record it; `iterations` were trained, the abscissa of the test's curves."""
+        task = self.task
+        scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
         scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
-        entry = distributed.on_main(lambda: results.write(self.opts, task, scores, self.class_names, trainer.history))
+        entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
         means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
         shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
         self.log.info(
             f"step {task.step} of {task.name}: mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, "
             f"average over steps {shown['average_over_steps']} (%) -> {results.csv_path(self.opts, task)}"
         )
-        self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, self.iterations)
+        self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, iterations)
         if self.opts.visualize:
-            picture = visualize.confusion_picture(scores["Confusion Matrix"], self.class_names)
-            self.log.image("test/confusion", picture, self.iterations)
+            picture = visualize.confusion_picture(scores["Confusion Matrix"], data.class_names)
+            self.log.image("test/confusion", picture, iterations)
             for number, (image, label, prediction) in enumerate(scores["samples"]):
                 self.log.image(
-                    f"test/sample{number}", visualize.strip(denormalise(image), label, prediction), self.iterations
+                    f"test/sample{number}", visualize.strip(denormalise(image), label, prediction), iterations
                 )
 
 

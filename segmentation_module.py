@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dataset.tasks import Task
@@ -20,8 +19,7 @@ from modules.pretrained import load_backbone
 from modules.resnet import ResNet
 from modules.upsample import upsample
 from utils.checkpointing.store import Store, read
-from utils.runtime import distributed
-from utils.types import Taps
+from utils.types import TAP_NAMES, Taps
 
 #: Channels of the head's output, the features of the classifiers.
 HEAD_CHANNELS = 256
@@ -43,7 +41,7 @@ class SegmentationModel(nn.Module):
         self.body = body
         self.head = head
         self.cls = classifiers
-        self._norms_fixed = False
+        self._frozen: list[nn.Module] = []
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -64,58 +62,50 @@ class SegmentationModel(nn.Module):
         logits = small
         if full_size:
             logits = upsample(small, images.shape[2:])
-        return Taps(logits, small, body, pre_logits, attentions)
+        return Taps(logits, small, body, pre_logits, attentions, self.body.slope)
 
     def train(self, mode: bool = True) -> SegmentationModel:
-        """Training or evaluation mode; norms frozen by `fix_bn` stay in evaluation mode."""
+        """Training or evaluation mode; norms of frozen modules stay in evaluation mode."""
         super().train(mode)
-        if self._norms_fixed:
-            for norm in self._norms():
+        for module in self._frozen:
+            for norm in _norms(module):
                 norm.eval()
         return self
 
+    def freeze(self, items: Iterable[nn.Module | nn.Parameter]) -> None:
+        """Take modules and parameters out of the training for good.
+
+        Args:
+            items: their parameters take no gradient from now on; norms in modules use and keep their running statistics, also
+                after `train()`.
+        """
+        for item in items:
+            item.requires_grad_(False)
+            if isinstance(item, nn.Module):
+                self._frozen.append(item)
+        self.train(self.training)
+
     def fix_bn(self) -> None:
         """Freeze every norm for good: running statistics are used and kept, weights and biases take no gradient."""
-        self._norms_fixed = True
-        for norm in self._norms():
-            norm.requires_grad_(False).eval()
+        self.freeze(_norms(self))
 
     def freeze_body(self) -> None:
         """Take the body out of the training (`--freeze`): its parameters get no gradient."""
         self.body.requires_grad_(False)
 
-    def init_new_classifier(self) -> None:
-        """MiB's balanced initialisation of the last step's classifier (`Classifiers.init_balanced`)."""
-        self.cls.init_balanced()
-
-    @torch.no_grad()
-    def init_from_background_modes(self, batches: Iterable[tuple[Tensor, Tensor]], how: str) -> None:
-        """Start the new classes from the background modes that respond to them (`Classifiers.init_from_modes`).
-
-        Args:
-            batches: (images, labels) of the step's training set, this process's share of it.
-            how: a choice of `--init_multimodal`.
-        """
-        was_training, device = self.training, self.cls[0].weight.device
-        self.eval()
-        votes = self.cls[0].weight.new_zeros(self.cls.num_new, self.cls.background_modes)
-        for images, labels in batches:
-            features = self.head(self.body(images.to(device))[0])
-            votes += self.cls.mode_votes(features, labels.to(device), how)
-        self.cls.init_from_modes(distributed.sum_(votes), how)
-        self.train(was_training)
-
     def align_weight(self, reference: str) -> None:
         """Rescale the new classes' weights to the norm of "old", "background" or "all" (`Classifiers.align`)."""
         self.cls.align(reference)
 
-    def stage_weights(self) -> tuple[nn.Parameter, ...]:
-        """The first parameter of each stage of the body and, last, of the head's last norm: RGE's five W."""
+    def watched_weights(self) -> dict[str, nn.Parameter]:
+        """RGE's W by tap: the first parameter of each stage of the body, and of the head's last norm for both taps of the head."""
         stages = (self.body.mod2, self.body.mod3, self.body.mod4, self.body.mod5)
-        return (*(next(stage.parameters()) for stage in stages), self.head.red_bn.weight)
+        head = self.head.red_bn.weight
+        return dict(zip(TAP_NAMES, (*(next(stage.parameters()) for stage in stages), head, head)))
 
-    def _norms(self) -> Iterable[ABN]:
-        return (m for m in self.modules() if isinstance(m, ABN))
+
+def _norms(module: nn.Module) -> list[ABN]:
+    return [m for m in module.modules() if isinstance(m, ABN)]
 
 
 def make_model(
@@ -157,52 +147,67 @@ def make_model(
     return SegmentationModel(body, head, classifiers)
 
 
-def build_network(opts: Namespace, classes: Sequence[int], pretrained: bool) -> nn.Module:
+#: Replaces layers of a freshly built network (`Method.wrap_model`).
+Wrap = Callable[[SegmentationModel], None]
+
+
+def keep_layers(model: SegmentationModel) -> None:
+    """The `Wrap` of methods that replace no layer."""
+
+
+def build_network(
+    opts: Namespace, classes: Sequence[int], pretrained: bool, wrap: Wrap = keep_layers
+) -> SegmentationModel:
     """The network for these classifiers.
 
     Args:
         opts: network options.
         classes: channels of each classifier.
         pretrained: whether the body may start from ImageNet weights (`--no_pretrained` forbids it in any case).
+        wrap: replaces layers, after the ImageNet weights are loaded.
 
     Returns:
         The network on the CPU.
     """
-    return make_model(opts, classes, pretrained and not opts.no_pretrained)
+    model = make_model(opts, classes, pretrained and not opts.no_pretrained)
+    wrap(model)
+    return model
 
 
-def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any]) -> nn.Module:
+def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any], wrap: Wrap = keep_layers) -> nn.Module:
     """The frozen model of step t-1, in evaluation mode.
 
     Args:
         opts: network options.
         task: the step being trained, not step 0.
         previous: checkpoint of step t-1, as `Store.load_previous` returns it.
+        wrap: as in `build_network`.
 
     Returns:
         The teacher on the CPU, without gradient, its norms folded into its convs: it computes the same in less time.
     """
     store = Store(opts, task)
-    teacher = build_network(opts, task.at(task.step - 1).classes_per_step, pretrained=False)
+    teacher = build_network(opts, task.at(task.step - 1).classes_per_step, pretrained=False, wrap=wrap)
     load_weights(teacher, previous["model_state"], store.previous(), strict=opts.strict_weights)
     return fold_frozen(teacher.eval(), in_place=True)
 
 
-def build_student(opts: Namespace, task: Task, previous: dict[str, Any], pretrained: bool) -> nn.Module:
-    """The model to be trained.
+def build_student(
+    opts: Namespace, task: Task, previous: dict[str, Any], pretrained: bool, wrap: Wrap = keep_layers
+) -> SegmentationModel:
+    """The model to be trained, with the weights of step t-1 and a new classifier as PyTorch starts it.
 
     Args:
-        opts: network options, init_balanced, base_weights, ckpt, freeze.
+        opts: network options, base_weights, ckpt, freeze.
         task: the step being trained.
         previous: checkpoint of step t-1, empty at step 0.
         pretrained: whether the body starts from ImageNet weights.
+        wrap: as in `build_network`.
 
     Returns:
         The student on the CPU.
-
-    Reference: MiB (Cermelli et al., CVPR 2020), section 3.3, for the balanced initialisation.
     """
-    model = build_network(opts, task.classes_per_step, pretrained)
+    model = build_network(opts, task.classes_per_step, pretrained, wrap)
     if previous:
         store = Store(opts, task)
         weights = dict(previous["model_state"])
@@ -211,8 +216,6 @@ def build_student(opts: Namespace, task: Task, previous: dict[str, Any], pretrai
             weights |= read(base)["model_state"]
         grows = not task.domain
         load_weights(model, weights, store.previous(), opts.strict_weights, len(model.cls) - 1 if grows else None)
-        if opts.init_balanced and grows:
-            model.init_new_classifier()
     if opts.ckpt is not None and not opts.test:
         load_weights(model, read(Path(opts.ckpt))["model_state"], Path(opts.ckpt), strict=opts.strict_weights)
     if opts.freeze:

@@ -1,14 +1,13 @@
-"""The training loop of one step: epochs, iterations, evaluation. It names no loss and no method.
+"""The training loop of one step: phases, epochs, iterations, evaluation. It names no loss and no method.
 
-trainer = Trainer(opts, task, method, model, teacher, device, log)
-trainer.fit(train_loader, val_loader, save)
+trainer = Trainer(opts, task, method, model, teacher, context, iterations_per_epoch)
+trainer.fit(batches, val_loader, save)
 scores = trainer.evaluate(test_loader)
 """
 
 from __future__ import annotations
 
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,41 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method
+from methods.phase import PhaseRun
 from metrics.stream_metrics import StreamSegMetrics
+from segmentation_module import SegmentationModel
 from utils import scheduler
 from utils.checkpointing import structure
 from utils.checkpointing.random_state import random_state, set_random_state
-from utils.optimizer import make_optimizer
-from utils.reporting.logger import Logger
+from utils.optimizer import make_optimizer, parameter_groups
+from utils.reporting.context import Context
+from utils.reporting.meters import Meters
 from utils.runtime import amp, distributed
-from utils.runtime.signals import Stopped, StopRequest
+from utils.runtime.errors import NonFiniteLoss
+from utils.runtime.signals import Stopped
 
 #: Counts the changes after which a run continued from an older state would not go on exactly: such states are refused.
-STATE_VERSION = 2
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss term is NaN or infinite and the run is not told to tolerate it."""
-
-
-class Meters:
-    """Sums of named values over the iterations of an epoch, kept as plain numbers so that a resume continues them exactly."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def update(self, values: dict[str, float]) -> None:
-        """Add one iteration."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of every value over the iterations so far."""
-        return {name: total / max(1, self.count) for name, total in self.sums.items()}
+STATE_VERSION = 3
 
 
 class Trainer:
@@ -59,51 +41,53 @@ class Trainer:
     Args:
         opts: the parsed command line, with `lr_of_step` resolved.
         task: which classes the step learns.
-        method: loss terms and hooks.
-        model: the student on its device, not wrapped.
+        method: loss terms and hooks, attached to the networks.
+        model: the student on its device, not wrapped, its new classifier initialised.
         teacher: the frozen model of step t-1 in eval mode, or None.
-        device: where to compute.
-        log: terminal and TensorBoard.
+        context: device, log and stop request.
+        iterations_per_epoch: of each process.
 
     Attributes:
-        epoch, iteration: position of the next iteration; `iteration` counts within the epoch.
+        epoch, iteration: position of the next iteration of the main training; `iteration` counts within the epoch.
+        history: an entry an epoch, of phases too.
+        stop_agreed: signal that all processes agreed to stop on, or 0.
     """
 
-    def __init__(self, opts: Namespace, task: Task, method: Method, model: nn.Module, teacher: nn.Module | None,
-                 device: torch.device, log: Logger):  # fmt: skip
-        self.opts, self.task, self.method = opts, task, method
-        self.network, self.teacher, self.device, self.log = model, teacher, device, log
+    def __init__(self, opts: Namespace, task: Task, method: Method, model: SegmentationModel, teacher: nn.Module | None,
+                 context: Context, iterations_per_epoch: int):  # fmt: skip
+        self.opts, self.task, self.method, self.context = opts, task, method, context
+        self.network, self.teacher = model, teacher
+        self.device, self.log = context.device, context.log
         self.dtype = next(model.parameters()).dtype
         self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
-        self.precision = amp.build(opts, device)
-        self.balancer = method.make_balancer(model)
-        if opts.fix_bn:  # before the optimiser and the wrapper collect what is trained
-            model.fix_bn()
-        extra, fused = self.balancer.parameters(), self.precision.allows_fused_step
-        self.optimizer = make_optimizer(opts, task, model, extra, fused)
-        self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
-        self.scheduler = None
+        self.iterations_per_epoch = iterations_per_epoch
         self.epoch = self.iteration = self.validated_epoch = 0
         self.skipped = 0
         self.best_score = 0.0
+        self.stop_agreed = 0
         self.meters = Meters()
         self.history: list[dict[str, Any]] = []
-        self.stop = StopRequest()
-        #: Signal that all processes agreed to stop on, or 0.
-        self.stop_agreed = 0
-        #: Names the files of the batch under way, for messages.
-        self.files_of_batch: Callable[[], list[str]] = list
-        self._saved_at = time.monotonic()
+        if opts.fix_bn:
+            model.fix_bn()
+        method.freeze(model)  # before the optimiser and the wrapper collect what is trained
+        self.phase_runs = self._make_phase_runs()
+        self.balancer = method.make_balancer(model)
+        self.precision = amp.build(opts, self.device)
+        groups = method.parameter_groups(parameter_groups(opts, task.step, model), model)
+        fused = self.precision.allows_fused_step
+        self.optimizer = make_optimizer(opts, groups, self.balancer.parameters(), fused)
+        self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
+        self.scheduler = scheduler.build(opts, self.optimizer, opts.epochs * iterations_per_epoch)
+        self._wrap()
 
-    # ---------------------------------------------------------------- set-up
+    def _make_phase_runs(self) -> list[PhaseRun]:
+        phases = self.method.phases()
+        for phase in phases:
+            phase.attach(self.network, self.teacher, self.device)
+        return [PhaseRun(phase, self.context, self.iterations_per_epoch, self.history) for phase in phases]
 
-    def start(self, iterations_per_epoch: int) -> None:
-        """Fix the length of the schedule and wrap the model for several processes.
-
-        Args:
-            iterations_per_epoch: of each process.
-        """
-        self.scheduler = scheduler.build(self.opts, self.optimizer, self.opts.epochs * iterations_per_epoch)
+    def _wrap(self) -> None:
+        """Compile the networks where asked for, and wrap the student for several processes."""
         if self.opts.compile:
             if self.teacher is not None:
                 self.teacher = torch.compile(self.teacher)
@@ -116,11 +100,11 @@ class Trainer:
 
     # -------------------------------------------------------------- training
 
-    def fit(self, train_loader, val_loader: Iterable | None, save: Callable[[], None]) -> None:
-        """Train to the last epoch, from wherever the trainer stands.
+    def fit(self, batches: TrainingBatches, val_loader: Iterable | None, save: Callable[[], None]) -> None:
+        """Train to the end of the last epoch and the last phase, from wherever the trainer stands.
 
         Args:
-            train_loader: yields (images, labels); its `sampler` takes a position and its `dataset` an epoch.
+            batches: of the training set.
             val_loader: for the validation every `--val_interval` epochs, or None.
             save: writes the trainer's state; called every `--ckpt_interval` epochs, `--ckpt_minutes`, and on a stop request.
 
@@ -128,54 +112,59 @@ class Trainer:
             Stopped: after a stop request, with the state saved.
             NonFiniteLoss: on a loss that is NaN or infinite, see `--skip_nonfinite`.
         """
+        self._run_phases("before", batches, save)
         while True:
             if val_loader is not None and self._validation_due():
                 self._validate(val_loader, save)
             if self.epoch >= self.opts.epochs:
-                return
-            self.train_epoch(train_loader, save)
+                break
+            self.train_epoch(batches, save)
             if self.epoch % self.opts.ckpt_interval == 0 and self.epoch < self.opts.epochs:
                 save()
-                self._saved_at = time.monotonic()
+                self.context.saved()
+        self._run_phases("after", batches, save)
 
-    def train_epoch(self, loader, save: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def _run_phases(self, when: str, batches: TrainingBatches, save: Callable[[], None]) -> None:
+        for run in self.phase_runs:
+            if run.phase.when == when:
+                run.run(batches, save, self.total_iterations - run.iterations_done)
+
+    def train_epoch(self, batches: TrainingBatches, save: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Train from the current position to the end of the epoch.
 
         Args:
-            loader: as in `fit`.
+            batches: as in `fit`.
             save: as in `fit`.
 
         Returns:
             Mean of every loss term over the epoch, all processes averaged.
         """
-        self._position(loader)
+        batches.set_position(self.epoch, self.iteration)
         self.model.train()
-        bar = self.log.bar(
-            loader, f"step {self.task.step} epoch {self.epoch + 1}/{self.opts.epochs}", initial=self.iteration
-        )
+        title = f"step {self.task.step} epoch {self.epoch + 1}/{self.opts.epochs}"
+        bar = self.log.bar(batches, title, self.iterations_per_epoch, initial=self.iteration)
         for images, labels in bar:
             values = self.train_iteration(images, labels)
             self.iteration += 1
             if values:
                 self._report(values, bar)
+            if self.stop_agreed or self.context.save_due():
+                save()
+                self.context.saved()
             if self.stop_agreed:
-                save()
                 raise Stopped(self.stop_agreed)
-            if self._minutes_over():
-                save()
-                self._saved_at = time.monotonic()
         return self._end_epoch()
 
-    def trial(self, loader: Iterable) -> None:
+    def trial(self, batches: TrainingBatches) -> None:
         """Run one batch forward and backward, and leave everything as it was: does it fit into the memory?
 
         Args:
-            loader: its first batch is taken.
+            batches: the first one is taken.
 
         Raises:
             RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` makes a sentence of it.
         """
-        images, labels = next(iter(loader))
+        images, labels = next(iter(batches))
         images = images.to(self.device, self.dtype, memory_format=self.layout)
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         momenta = self._momenta_to_come()
@@ -190,7 +179,7 @@ class Trainer:
             self._restore_buffers(buffers)
 
     def _momenta_to_come(self) -> list[Tensor]:
-        """Room for what the first step of the optimiser allocates and the second forward pass finds taken."""
+        """Memory of the size of the momenta, which the first step of the optimiser will allocate."""
         if self.opts.momentum == 0 or self.optimizer.state:
             return []
         return [
@@ -199,15 +188,9 @@ class Trainer:
 
     @torch.no_grad()
     def _restore_buffers(self, buffers: list[Tensor]) -> None:
-        """Take back what a forward pass did to the running statistics of the norms."""
+        """Undo what a forward pass did to the running statistics of the norms."""
         for buffer, value in zip(self.network.buffers(), buffers):
             buffer.copy_(value)
-
-    def _position(self, loader) -> None:
-        if hasattr(getattr(loader, "sampler", None), "set_position"):
-            loader.sampler.set_position(self.epoch, self.iteration)
-        if hasattr(getattr(loader, "dataset", None), "set_epoch"):
-            loader.dataset.set_epoch(self.epoch)
 
     def train_iteration(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """One step of the optimiser.
@@ -230,35 +213,34 @@ class Trainer:
         terms = self.method.terms(batch)
         loss = self.balancer.combine(terms)
         values = self._agree(loss, terms)
-        del batch, terms  # what the backward pass does not need makes room for it
+        batch.release_taps()  # what the backward pass does not need makes room for it
+        del terms
         if not all(math.isfinite(value) for value in values.values()):
             self._tolerate(values)
             self._restore_buffers(buffers)
-            if self.scheduler:
-                self.scheduler.step()
+            self.scheduler.step()
             return {}
         self.precision.backward(loss, self.optimizer)
         self.balancer.after_backward()
         values |= {name: float(value) for name, value in self.method.after_backward(self.network).items()}
         self.precision.step(self.optimizer)
-        self.method.after_step(self.network)
-        if self.scheduler:
-            self.scheduler.step()
+        self.method.after_step(self.network, batch)
+        self.scheduler.step()
         return values
 
     def _agree(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
         """Average the losses over processes, and learn in the same message whether any of them was asked to stop."""
         vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), loss)])  # n
-        vector = torch.cat([vector, vector.new_tensor([float(self.stop.signum)])])  # n+1
+        vector = torch.cat([vector, vector.new_tensor([float(self.context.stop.signum)])])  # n+1
         *values, asked = distributed.mean_(vector).tolist()
-        self.stop_agreed = max(distributed.gather_objects(self.stop.signum)) if asked else 0
+        self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum) if asked else 0
         return dict(zip((*terms, "loss"), values))
 
     def _tolerate(self, values: dict[str, float]) -> None:
         self.skipped += 1
         named = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
         where = f"step {self.task.step}, epoch {self.epoch + 1}, iteration {self.iteration + 1}"
-        files = ", ".join(self.files_of_batch())
+        files = ", ".join(self.context.files_of_batch(self.iteration))
         named += f"; batch: {files}" if files else ""
         if self.skipped > self.opts.skip_nonfinite:
             remedy = "lower --lr, --pod_factor or --loss_kd, or skip such batches with --skip_nonfinite N"
@@ -268,8 +250,7 @@ class Trainer:
     def _report(self, values: dict[str, float], bar) -> None:
         self.meters.update(values)
         if self.iteration % self.opts.print_interval == 0 or self.iteration == 1:
-            if hasattr(bar, "set_postfix"):
-                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             scalars = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in values.items()}
             scalars |= {f"balance/{name}": float(value) for name, value in self.balancer.log_values().items()}
             scalars["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
@@ -277,14 +258,8 @@ class Trainer:
 
     @property
     def total_iterations(self) -> int:
-        """Iterations of this step so far."""
-        return self.scheduler.last_epoch if self.scheduler is not None else self.iteration
-
-    def _minutes_over(self) -> bool:
-        """Whether a checkpoint is due by the clock, decided by the main process for all."""
-        if not self.opts.ckpt_minutes:
-            return False
-        return distributed.any_true(time.monotonic() - self._saved_at > 60 * self.opts.ckpt_minutes, self.device)
+        """Iterations of this step so far, those of phases included."""
+        return self.scheduler.last_epoch + sum(run.iterations_done for run in self.phase_runs)
 
     def _end_epoch(self) -> dict[str, float]:
         balance = {name: float(value) for name, value in self.balancer.log_values().items()}
@@ -336,15 +311,15 @@ class Trainer:
         was_training = self.network.training
         self.network.eval()
         samples: list[tuple[Tensor, Tensor, Tensor]] = []
-        for images, labels in self.log.bar(batches, title, len(loader) if hasattr(loader, "__len__") else None):
-            if self.stop.signum:
+        for images, labels in self.log.bar(batches, title, len(loader)):
+            if self.context.stop.signum:
                 break
             predictions = self.predict(images)
             metrics.update(labels.to(self.device, non_blocking=True), predictions)
             if len(samples) < keep:
                 samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
         self.network.train(was_training)
-        self.stop_agreed = max(distributed.gather_objects(self.stop.signum))
+        self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum)
         if self.stop_agreed:
             return None
         distributed.sum_(metrics.confusion_matrix)
@@ -369,9 +344,7 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """Norm statistics that are not synchronised differ between processes: the main process's are evaluated."""
-        if distributed.active():
-            for buffer in self.network.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        distributed.broadcast_(list(self.network.buffers()))
 
     # ----------------------------------------------------------------- state
 
@@ -385,10 +358,12 @@ class Trainer:
             "precision": self.precision.state_dict(),
             "balancer": self.balancer.state_dict(),
             "method": self.method.state_dict(),
+            "phases": [run.state_dict() for run in self.phase_runs],
             "position": [self.epoch, self.iteration, self.validated_epoch, self.skipped],
             "meters": [self.meters.sums, self.meters.count],
             "best_score": self.best_score,
             "history": self.history,
+            "iterations": self.total_iterations,
             "random": distributed.gather_objects(random_state(self.device)),
         }
 
@@ -428,7 +403,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         structure.check_momenta(self.optimizer)
         self.method.load_state_dict(state["method"])
+        for run, saved in zip(self.phase_runs, state["phases"], strict=True):
+            run.load_state_dict(saved)
         self.epoch, self.iteration, self.validated_epoch, self.skipped = state["position"]
         self.meters.sums, self.meters.count = state["meters"]
-        self.best_score, self.history = state["best_score"], state["history"]
+        self.best_score = state["best_score"]
+        self.history[:] = state["history"]
         set_random_state(random[distributed.rank()], self.device)

@@ -6,6 +6,7 @@ A new data set is a file with a `Layout` (where the files are, what the classes 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ DATASETS: dict[str, Layout | None] = {
     "shapes": None,
 }
 
-__all__ = ["DATASETS", "SegmentationSet", "Splits", "Task", "build", "check_data", "class_names", "load_task"]
+__all__ = [
+    "DATASETS", "SegmentationSet", "Splits", "Task", "build", "check_data", "class_names", "load_task", "replay_set"
+]  # fmt: skip
 
 
 def class_names(opts: Namespace) -> tuple[str, ...]:
@@ -87,6 +90,19 @@ def build(opts: Namespace, task: Task) -> Splits:
     test_source = train_source if opts.val_on_trainset else val_source
     testing = task.label_table("test", ignore_background=opts.ignore_test_bg)
     return Splits(train, val, _labelled(test_source, _chosen(test_source, task, task.seen), testing, evaluate))
+
+
+def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> SegmentationSet:
+    """Training images of earlier steps, labelled with all classes seen so far: a replay memory.
+
+    Args:
+        opts: as for `build`.
+        task: the step that is trained.
+        indices: of the images in the training split, as `SegmentationSet.indices` of an earlier step named them.
+    """
+    source = _source(opts, train=True)
+    labels = task.label_table("current+old", ignore_background=opts.disable_background)
+    return _labelled(source, np.asarray(indices), labels, TrainTransform(opts.crop_size), opts.random_seed, task.step)
 
 
 def check_data(opts: Namespace, task: Task) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from dataset.transform import Pair, normalise
 from utils.random_streams import TRAINING, stream_seed
@@ -112,6 +112,42 @@ class SegmentationSet(Dataset):
     def files(self, position: int) -> tuple[str, ...]:
         """Names of the files behind a sample."""
         return self.source.files(int(self.indices[position]))
+
+
+class JoinedSet(Dataset):
+    """Several sets, one after the other: the samples of a step and those of a replay memory.
+
+    Args:
+        parts: in this order.
+    """
+
+    def __init__(self, parts: Sequence[SegmentationSet]) -> None:
+        self.parts = list(parts)
+        self._samples = ConcatDataset(self.parts)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Of the first part, the samples of the step itself."""
+        return self.parts[0].indices
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        return self._samples[position]
+
+    def set_epoch(self, epoch: int, purpose: str = TRAINING) -> None:
+        """See `SegmentationSet.set_epoch`."""
+        for part in self.parts:
+            part.set_epoch(epoch, purpose)
+
+    def files(self, position: int) -> tuple[str, ...]:
+        """Names of the files behind a sample."""
+        for part in self.parts:
+            if position < len(part):
+                return part.files(position)
+            position -= len(part)
+        raise IndexError("the joined set has no such sample")
 
 
 def select(presence: np.ndarray, wanted: Sequence[int], allowed: Sequence[int] | None = None) -> np.ndarray:

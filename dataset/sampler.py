@@ -5,13 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.random_streams import stream_seed
-from utils.runtime.signals import outlive_stop_signals
+from dataset.base import JoinedSet, SegmentationSet
+from utils.random_streams import TRAINING, stream_seed
+from utils.runtime.signals import StopRequest, outlive_stop_signals
 
 #: A process that loads data and hands over no batch for so long is stuck. Up to Python 3.11 one can be from its start: where a thread of
 #: the back end is about to talk to Python in the moment of the fork, the child waits for that thread, which it does not have.
@@ -111,6 +115,130 @@ def make_loader(
         # A generator of its own: starting an iterator must not move torch's, which a resume restores.
         generator=torch.Generator().manual_seed(opts.random_seed),
     )
+
+
+class TrainingBatches(Protocol):
+    """Batches of a training set, which can be read from any position of any epoch."""
+
+    def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
+        """Choose what the next pass reads.
+
+        Args:
+            epoch: its order and its random crops.
+            first_batch: the batch that it begins with.
+            purpose: what the batches serve; each purpose has its own random crops.
+        """
+        ...
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The images of the step by their place in the training split, which a replay memory can keep."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches of a pass from the chosen position on."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of each batch."""
+        ...
+
+
+class LoadedBatches:
+    """The training batches of a process, read by a `DataLoader`.
+
+    Args:
+        data: the training set.
+        sampler: of this process.
+        opts: num_workers, random_seed.
+        pin_memory: put the batches where a GPU fetches them faster.
+    """
+
+    def __init__(self, data: SegmentationSet | JoinedSet, sampler: EpochSampler, opts: Namespace, pin_memory: bool):
+        self.data, self.sampler = data, sampler
+        self.loader = make_loader(data, sampler, sampler.batch_size, opts, pin_memory, lasting=True)
+
+    def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
+        """See `TrainingBatches`."""
+        self.sampler.set_position(epoch, first_batch)
+        self.data.set_epoch(epoch, purpose)
+
+    def __len__(self) -> int:
+        return self.sampler.batches - self.sampler.first_batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader)
+
+    def files(self, number: int) -> list[str]:
+        """Names of the files of a batch of the chosen epoch."""
+        return [name for index in self.sampler.batch(number) for name in self.data.files(index)]
+
+    @property
+    def indices(self) -> np.ndarray:
+        """See `TrainingBatches`."""
+        return self.data.indices
+
+    def close(self) -> None:
+        """End the worker processes now, and not when the garbage collector finds the loader."""
+        end_workers(self.loader)
+
+
+class FixedBatches:
+    """The same batches in every epoch, for benchmarks and tests.
+
+    Args:
+        batches: (images, labels) of each.
+    """
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]):
+        self.batches = list(batches)
+        self.first_batch = 0
+
+    @property
+    def indices(self) -> np.ndarray:
+        """See `TrainingBatches`; the batches stand for themselves."""
+        return np.arange(len(self.batches))
+
+    def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
+        """See `TrainingBatches`; epoch and purpose change nothing."""
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.first_batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches[self.first_batch :])
+
+
+class Interruptible:
+    """Batches whose passes end early, after at least one batch, once a stop is asked for.
+
+    Args:
+        batches: what is read.
+        stop: the process's stop request.
+    """
+
+    def __init__(self, batches: TrainingBatches, stop: StopRequest):
+        self.batches = batches
+        self.stop = stop
+
+    def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
+        """See `TrainingBatches`."""
+        self.batches.set_position(epoch, first_batch, purpose)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """See `TrainingBatches`."""
+        return self.batches.indices
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            yield batch
+            if self.stop.signum:
+                return
 
 
 def kill_workers() -> None:

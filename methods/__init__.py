@@ -1,7 +1,7 @@
 """The methods: a registry, and the composition of a method from what its options switch on.
 
-To add one: write methods/mine.py with a subclass of `Method` (name, paper, preset; options and terms of its own where it has any),
-and add it to `METHODS`.
+To add one: write methods/mine.py with a subclass of `Method` (name, paper, preset, and a `Part` with what is new in `own_parts`), and
+add it to `METHODS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from methods.joint import Joint
 from methods.lskd import LSKD, LayerSpecificDistillation
 from methods.lwf import LWF, OutputDistillation
 from methods.lwf_mc import LWFMC, ICarl
-from methods.mib import MiB
+from methods.mib import BalancedInitialisation, MiB
 from methods.pi import PI
 from methods.plop import PLOP, PodDistillation, PseudoLabels
 from methods.rw import RW
@@ -29,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
 
 #: In the order in which they prepare a batch and list their terms: pseudo-labels come before all that looks at labels.
 PARTS: tuple[type[Part], ...] = (
+    BalancedInitialisation,
     BackgroundModes,
     PseudoLabels,
     Classification,
@@ -43,6 +44,12 @@ PARTS: tuple[type[Part], ...] = (
 )
 
 
+def all_parts() -> tuple[type[Part], ...]:
+    """`PARTS`, and the parts that a registered method brings beside them."""
+    own = (part for method in METHODS.values() for part in method.own_parts)
+    return tuple(dict.fromkeys((*PARTS, *own)))
+
+
 def build(opts: Namespace, task: Task) -> Method:
     """The method that the options name, with the parts that they switch on.
 
@@ -53,7 +60,7 @@ def build(opts: Namespace, task: Task) -> Method:
     Returns:
         The method; plain fine-tuning without `--method`.
     """
-    return METHODS[opts.method or "FT"](opts, task, PARTS)
+    return METHODS[opts.method or "FT"](opts, task, all_parts())
 
 
 def describe() -> str:

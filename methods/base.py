@@ -1,82 +1,271 @@
 """What a method is: a preset of options, and the parts that those options switch on.
 
 The official programs describe a method by its flags, and `--method` is a shorthand for some of them. So it is here: a `Part`
-adds named loss terms (and, where it needs to, pseudo-labels or state), is switched on by options, and any set of options composes a
-method. A new method is a subclass of `Method` with a name, a paper and a preset; it may add options and terms of its own.
+adds named loss terms, pseudo-labels, an initialisation, a phase or state, is switched on by options, and any set of options
+composes a method. A new method is a subclass of `Method` with a name, a paper and a preset, and a `Part` for what is new in it.
+
+The hooks of a part, in the order in which a step calls them. "Resumed" says what a resume does with the hook.
+
+    hook                when                                                    processes   resumed
+    add_options         the command line is built                               all         called
+    wrap_model          each network is built, before weights are loaded        all         called
+    attach              student and teacher hold the weights of step t−1        all         called, before the state is loaded
+    replay              the training set of the step is built                   all         called
+    init_classifier     before optimiser and wrapper are made                   all         not called: the state has the weights
+    frozen              before the optimiser is made                            all         called
+    parameter_groups    the optimiser is made                                   all         called
+    make_balancer       the optimiser is made                                   all         called, its state is loaded
+    begin_step          before the first iteration                              all         not called: `state_dict` has its result
+    phases              before and after the main training, `methods.phase`     all         continued at the same iteration
+    prepare             every iteration, before the student's forward pass      all         -
+    terms               every iteration, after it                               all         -
+    after_backward      every iteration, before the optimiser's step            all         -
+    after_step          every iteration, after it                               all         -
+    end_epoch           after every epoch                                       all         -
+    end_step            after the last epoch and phase, before the checkpoint   all         called, if the step did not get so far
+    export              a checkpoint of the finished step is written            all         -
+    state_dict          every saved state, and the finished checkpoint          all         -
+    load_state_dict     a resume                                                all         called last
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dataset.base import SegmentationSet
+from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from utils.balance import equilibrium
+from segmentation_module import SegmentationModel
+from utils.balance.equilibrium import Balancer, Sum, TermSpec
+from utils.runtime import distributed
 from utils.types import Batch
+
+if TYPE_CHECKING:
+    from methods.phase import Phase
+
+
+class Previous(NamedTuple):
+    """What step t−1 left for a part; both are empty at step 0.
+
+    Attributes:
+        state: what the part's own `state_dict` returned at the end of step t−1; empty where that step had no such part.
+        weights: the network of step t−1 as its checkpoint stores it, by parameter and buffer name.
+        file: name of that checkpoint, for messages.
+    """
+
+    state: Mapping[str, Any] = {}
+    weights: Mapping[str, Tensor] = {}
+    file: str = "the checkpoint of the previous step"
+
+    @classmethod
+    def of_part(cls, checkpoint: Mapping[str, Any], state_key: str) -> Previous:
+        """What a checkpoint holds for a part.
+
+        Args:
+            checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; empty at step 0.
+            state_key: of the part.
+
+        Raises:
+            ValueError: the states of the parts are no dictionary.
+        """
+        file = checkpoint.get("file", "the checkpoint of the previous step")
+        states: dict[str, Any] = {}
+        for key in ("trainer_state", "method_state"):
+            found = checkpoint.get(key) or {}
+            if not isinstance(found, dict):
+                raise ValueError(
+                    f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "
+                    "another file with --step_ckpt"
+                )
+            states |= found
+        own = states.get(state_key) if state_key else None
+        return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
+
+
+class Rules(NamedTuple):
+    """What the command line may ask of a part; `argparser.check` reads the rules of all parts.
+
+    Attributes:
+        ranges: least and greatest value by dest, both inclusive.
+        exclusive: pairs of (sentence for the first option, whether it is given, the same for the second); both given is refused.
+        requires: (dest, sentence for what it needs, whether that is given); a given dest without it is refused.
+    """
+
+    ranges: Mapping[str, tuple[float, float]] = {}
+    exclusive: Sequence[tuple[str, Callable[[Namespace], bool], str, Callable[[Namespace], bool]]] = ()
+    requires: Sequence[tuple[str, str, Callable[[Namespace], bool]]] = ()
 
 
 class Part:
-    """One ingredient of a method; a subclass overrides what it takes part in.
+    """One ingredient of a method. A subclass overrides the hooks that it needs; the table above says when each is called.
 
     Args:
         opts: the parsed command line.
         task: which classes this step learns.
     """
 
-    #: Whether the part looks at the teacher's forward pass.
-    needs_teacher = False
-    #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official
-    #: one, else in "method_state".
+    #: Whether the part reads the teacher's forward pass of every batch.
+    needs_teacher: ClassVar[bool] = False
+    #: Whether the part uses the teacher in other hooks than `prepare` and `terms`; the teacher is loaded if a part says so.
+    uses_teacher: ClassVar[bool] = False
+    #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official one,
+    #: else in "method_state"; "" for a part without state.
     state_key: ClassVar[str] = ""
-    #: What `begin_step` reads images for: each purpose has random crops of its own, and none those of the training.
+    #: What `init_classifier`, `begin_step` and `end_step` read images for: each purpose has random crops of its own.
     purpose: ClassVar[str] = "statistics"
+    #: Ranges of its options, and which options exclude or need each other.
+    rules: ClassVar[Rules] = Rules()
 
     def __init__(self, opts: Namespace, task: Task):
         self.opts = opts
         self.task = task
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Add the part's own options to the command line."""
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """Whether these options switch the part on at this step."""
         raise NotImplementedError(f"{cls.__name__} does not say when it is enabled")
 
-    def begin_step(self, loader: Iterable, teacher: nn.Module | None, device: torch.device) -> None:
-        """Called once before the first iteration of a step; not after a resume. The loader's crops are those of `purpose`."""
+    # ------------------------------------------------------------------ before the step
 
-    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """Called once the student is built.
+    def wrap_model(self, model: SegmentationModel) -> None:
+        """Replace layers of a freshly built network in place.
 
-        Args:
-            model: the student, not wrapped.
-            previous: checkpoint of step t-1 as `utils.checkpointing.store.read` returns it, empty where there is none.
+        Called for the student, the teacher and a tested network, after the pretrained weights of the body are loaded and before
+        those of a checkpoint. Parameters that keep their name and shape stay loadable by other methods.
         """
 
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
+        """Take what the part needs from the networks and from step t−1.
+
+        Args:
+            model: the student, not wrapped; at step t ≥ 1 it holds the weights of step t−1.
+            teacher: the frozen model of step t−1 in evaluation mode; None at step 0 and where no part needs it.
+            previous: the part's own state of step t−1, and that step's weights.
+        """
+
+    def replay(self, make: Callable[[Sequence[int]], SegmentationSet]) -> SegmentationSet | None:
+        """Samples of earlier steps that join the training set of this step, or None.
+
+        Args:
+            make: makes a data set of the training images with these indices (`SegmentationSet.indices` of an earlier step), with
+                the training transform and the labels of all classes seen so far.
+        """
+        return None
+
+    def init_classifier(
+        self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
+    ) -> None:
+        """Start the new classifier from other values than PyTorch's own.
+
+        The weights of the main process are given to all processes afterwards.
+
+        Args:
+            model: the student on the device, not wrapped.
+            teacher: as in `attach`.
+            loader: (images, labels) of this process's share of the training set, training transform.
+            device: where to compute.
+        """
+
+    def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
+        """Modules and parameters that this step does not train.
+
+        They take no gradient and no weight decay, and norms in such modules stay in evaluation mode, also after `model.train()`.
+        """
+        return ()
+
+    def parameter_groups(self, groups: list[dict[str, Any]], model: SegmentationModel) -> list[dict[str, Any]]:
+        """Change the optimiser's parameter groups.
+
+        Args:
+            groups: dictionaries of `torch.optim.SGD`, with "params" and "lr"; body, head, classifiers.
+            model: the student.
+
+        Returns:
+            The groups; every trained parameter is in one of them.
+        """
+        return groups
+
+    def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer | None:
+        """How the terms become one loss; None leaves it to the other parts, and to the plain sum.
+
+        Args:
+            model: the student.
+            specs: `term_specs` of all parts, in their order.
+        """
+        return None
+
+    def term_specs(self) -> list[TermSpec]:
+        """The terms that `terms` returns, and for each the weight and the group by which a balancer measures it."""
+        return []
+
+    def phases(self) -> list[Phase]:
+        """Stretches of the step before or after the main training that train other tensors or another loss."""
+        return []
+
+    def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
+        """Gather statistics over the training set before the first iteration.
+
+        Args:
+            loader: (images, labels) of this process's share of the training set.
+            teacher: as in `attach`.
+            device: where to compute.
+        """
+
+    # ------------------------------------------------------------------ every iteration
+
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
-        """Complete the batch before the student's forward pass, without gradient: pseudo-labels, further teacher views."""
+        """Complete the batch before the student's forward pass, without gradient: pseudo-labels, further views of the teacher.
+
+        What later hooks need beside the fields of `Batch` goes into `batch.extras`.
+        """
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar losses of a batch that has its student."""
         return {}
 
-    def after_backward(self, model: nn.Module) -> dict[str, Tensor]:
-        """Add to the gradients after the main backward pass; returns what is to be logged by name."""
+    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Add to the gradients after the main backward pass; returns scalar losses by name, which enter the reported total."""
         return {}
 
-    def after_step(self, model: nn.Module) -> None:
-        """Called after the optimiser has moved the parameters."""
+    def after_step(self, model: SegmentationModel, batch: Batch) -> None:
+        """Called after the optimiser has moved the parameters; the taps of the batch are released, its labels are there."""
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Called after every epoch."""
+    # ------------------------------------------------------------------ ends
 
-    def end_step(self, model: nn.Module) -> None:
-        """Called once after the last epoch of a step."""
+    def end_epoch(self, model: SegmentationModel, epoch: int) -> None:
+        """Called after every epoch of the main training; `epoch` counts from 0."""
+
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
+        """Called after the last epoch and phase, before the checkpoint of the step is written.
+
+        Args:
+            model: the trained student, not wrapped.
+            loader: as in `begin_step`.
+            device: where to compute.
+        """
+
+    def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the checkpoint of the finished step stores of the network.
+
+        Args:
+            state: `model.state_dict()`, after the other parts.
+
+        Returns:
+            The weights by name; loading them into a network that `wrap_model` has changed must give the same network.
+        """
+        return state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume and the next step need."""
+        """What a resume and the next step need: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -97,14 +286,15 @@ class Method:
     #: Where it was published, for `--list_methods`.
     paper: ClassVar[str] = ""
     year: ClassVar[int] = 0
+    #: What the checkpoint keeps beside the network, and what step 0 the method needs, for `--list_methods`.
+    stores: ClassVar[str] = "nothing"
+    step0: ClassVar[str] = "any"
+    #: Parts that it brings beside `methods.PARTS`; other methods may switch them on by their options too.
+    own_parts: ClassVar[tuple[type[Part], ...]] = ()
     #: Options it sets unless the user gives them.
     preset: ClassVar[dict[str, Any]] = {}
     #: Further options for one (data set, task) pair, where the paper needs them; task None stands for any --task_file.
     task_presets: ClassVar[dict[tuple[str, str | None], dict[str, Any]]] = {}
-
-    @staticmethod
-    def add_options(parser: ArgumentParser) -> None:
-        """Options of this method alone."""
 
     def __init__(self, opts: Namespace, task: Task, parts: Sequence[type[Part]]):
         self.opts = opts
@@ -113,8 +303,77 @@ class Method:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's forward pass is looked at; otherwise it is not computed."""
+        """Whether the teacher's forward pass is read; otherwise it is not computed."""
         return any(part.needs_teacher for part in self.parts)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any part uses the teacher at all; otherwise it is not loaded."""
+        return any(part.needs_teacher or part.uses_teacher for part in self.parts)
+
+    def wrap_model(self, model: SegmentationModel) -> None:
+        """Let the parts replace layers of a freshly built network."""
+        for part in self.parts:
+            part.wrap_model(model)
+
+    def attach(
+        self,
+        model: SegmentationModel,
+        teacher: nn.Module | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Hand the networks and what step t−1 left to the parts.
+
+        Args:
+            model: the student, not wrapped.
+            teacher: as in `Part.attach`.
+            checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; None or empty at step 0.
+        """
+        for part in self.parts:
+            part.attach(model, teacher, Previous.of_part(checkpoint or {}, part.state_key))
+
+    def replay(self, make: Callable[[Sequence[int]], SegmentationSet]) -> list[SegmentationSet]:
+        """The data sets by which the parts extend the training set."""
+        found = [part.replay(make) for part in self.parts]
+        return [data for data in found if data is not None]
+
+    def init_classifier(
+        self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
+    ) -> None:
+        """Let the parts start the new classifier, then give the main process's weights to all processes."""
+        for part in self.parts:
+            loader.set_position(0, purpose=part.purpose)
+            part.init_classifier(model, teacher, loader, device)
+        distributed.broadcast_module(model)
+
+    def freeze(self, model: SegmentationModel) -> None:
+        """Take out of the training what any part freezes."""
+        model.freeze([item for part in self.parts for item in part.frozen(model)])
+
+    def parameter_groups(self, groups: list[dict[str, Any]], model: SegmentationModel) -> list[dict[str, Any]]:
+        """The optimiser's groups after the changes of all parts."""
+        for part in self.parts:
+            groups = part.parameter_groups(groups, model)
+        return groups
+
+    def make_balancer(self, model: SegmentationModel) -> Balancer:
+        """How the terms become one loss: the balancer of the first part that has one, else the plain sum."""
+        specs = [spec for part in self.parts for spec in part.term_specs()]
+        for part in self.parts:
+            balancer = part.make_balancer(model, specs)
+            if balancer is not None:
+                return balancer
+        return Sum()
+
+    def phases(self) -> list[Phase]:
+        """The phases of all parts, in their order."""
+        return [phase for part in self.parts for phase in part.phases()]
+
+    def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
+        """Statistics that parts need before the first iteration, such as PLOP's thresholds."""
+        for part in self.parts:
+            loader.set_position(0, purpose=part.purpose)
+            part.begin_step(loader, teacher, device)
 
     @torch.no_grad()
     def prepare(self, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Batch:
@@ -123,7 +382,7 @@ class Method:
         Args:
             images: (B, 3, H, W) normalised.
             labels: (B, H, W) int64, positions in learning order, 255 ignored.
-            teacher: the frozen model of step t-1, or None at step 0.
+            teacher: the frozen model of step t-1, or None.
 
         Returns:
             The batch with teacher taps, pseudo-labels and pixel weights.
@@ -146,57 +405,39 @@ class Method:
         """
         merged: dict[str, Tensor] = {}
         for part in self.parts:
-            merged |= part.terms(batch)
+            found = part.terms(batch)
+            assert not merged.keys() & found.keys(), f"two parts yield {sorted(merged.keys() & found.keys())}"
+            merged |= found
         return merged
 
-    def make_balancer(self, model: nn.Module) -> equilibrium.Sum | equilibrium.GradientEquilibrium:
-        """How the terms become one loss.
-
-        Args:
-            model: the student, not wrapped.
-
-        Returns:
-            A balancer; the plain sum unless a part brings its own.
-        """
+    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Gradients that are added after the main backward pass; returns their losses by name."""
+        losses: dict[str, Tensor] = {}
         for part in self.parts:
-            if hasattr(part, "make_balancer"):
-                return part.make_balancer(model)
-        return equilibrium.Sum()
+            losses |= part.after_backward(model)
+        return losses
 
-    def begin_step(self, loader: Iterable, teacher: nn.Module | None, device: torch.device) -> None:
-        """Statistics a part needs before the first iteration, such as PLOP's thresholds."""
-        data = getattr(loader, "dataset", None)
-        for part in self.parts:
-            if hasattr(data, "set_epoch"):
-                data.set_epoch(0, part.purpose)
-            part.begin_step(loader, teacher, device)
-
-    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """Hand the student and the state of step t-1 to the parts."""
-        for part in self.parts:
-            part.attach(model, previous)
-
-    def after_backward(self, model: nn.Module) -> dict[str, Tensor]:
-        """Gradients that are added after the main backward pass; returns values to log."""
-        logged: dict[str, Tensor] = {}
-        for part in self.parts:
-            logged |= part.after_backward(model)
-        return logged
-
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Called after the optimiser has moved the parameters."""
         for part in self.parts:
-            part.after_step(model)
+            part.after_step(model, batch)
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+    def end_epoch(self, model: SegmentationModel, epoch: int) -> None:
         """Called after every epoch."""
         for part in self.parts:
             part.end_epoch(model, epoch)
 
-    def end_step(self, model: nn.Module) -> None:
-        """Called after the last epoch."""
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
+        """Called after the last epoch and phase."""
         for part in self.parts:
-            part.end_step(model)
+            loader.set_position(0, purpose=part.purpose)
+            part.end_step(model, loader, device)
+
+    def export(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that the checkpoint of the finished step stores."""
+        for part in self.parts:
+            state = part.export(state)
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parts that have any."""

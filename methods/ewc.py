@@ -8,13 +8,17 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Previous
 from methods.regularizer import REGULARIZERS
+from segmentation_module import SegmentationModel
 from utils.checkpointing import structure
 from utils.runtime import distributed
+from utils.types import Batch
 
 
 class WeightPenalty(Part):
@@ -27,8 +31,8 @@ class WeightPenalty(Part):
         """With --regularizer."""
         return opts.regularizer is not None
 
-    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """Read the importance of earlier steps; one that is missing is said, because nothing then holds the old weights."""
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
+        """Read the importance of earlier steps; a missing one is reported, because nothing then holds the old weights."""
         self.regularizer = REGULARIZERS[self.opts.regularizer](model, previous, self.opts)
         if self.regularizer.absent and distributed.is_main():
             kinds, step = " and no ".join(self.regularizer.absent), self.task.step
@@ -37,18 +41,18 @@ class WeightPenalty(Part):
                 f"does without; train step {step - 1} with the same --regularizer"
             )
 
-    def after_backward(self, model: nn.Module) -> dict[str, Tensor]:
+    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
         """Measure on the loss's own gradients, then add the penalty's."""
         self.regularizer.update(model)
         if not self.regularizer.weights:
             return {}
         return {"regularizer": self.regularizer.penalise(model)}
 
-    def after_step(self, model: nn.Module) -> None:
-        """Measure the way that was gone."""
+    def after_step(self, model: SegmentationModel, batch: Batch) -> None:
+        """Measure how far the optimiser moved the parameters."""
         self.regularizer.after_step(model)
 
-    def end_step(self, model: nn.Module) -> None:
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Close the measurement of this step."""
         self.regularizer.finish(model)
 

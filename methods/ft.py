@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Previous
+from segmentation_module import SegmentationModel
 from utils import loss, pseudo
+from utils.balance.equilibrium import TermSpec
+from utils.runtime import distributed
 from utils.types import IGNORE, Batch
 
 
@@ -36,10 +39,13 @@ class Classification(Part):
         """Always, but where iCaRL's disjoint loss takes its place."""
         return not (opts.icarl and opts.icarl_disjoint and task.step > 0)
 
-    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """NCA's margin is in units of the cosine, the logits are scaled: the classifier's scale translates."""
-        scale = getattr(model.cls, "scalar", None)
-        self.cosine_scale = 1.0 if scale is None else scale
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
+        """NCA's margin is in units of the cosine, and the logits are the cosine times the classifier's scale."""
+        self.cosine_scale = 1.0 if model.cls.scalar is None else model.cls.scalar
+
+    def term_specs(self) -> list[TermSpec]:
+        """The cross entropy, measured at the head."""
+        return [TermSpec("ce")]
 
     def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(logits, labels) -> (B, H, W)."""
@@ -103,6 +109,10 @@ class EntropyMinimisation(Part):
         value = loss.entropy_minimisation(batch.student.logits, batch.labels, self.opts.entropy_min_mean_pixels)
         return {"entropy": self.opts.entropy_min * value}
 
+    def term_specs(self) -> list[TermSpec]:
+        """The entropy, measured at the head."""
+        return [TermSpec("entropy")]
+
 
 class WeightAlignment(Part):
     """Rescale the new classifier's weights to the norm of others, after every epoch or once after the step.
@@ -115,12 +125,12 @@ class WeightAlignment(Part):
         """From step 1 on, with --align_weight."""
         return opts.align_weight is not None and task.step > 0 and not task.domain
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+    def end_epoch(self, model: SegmentationModel, epoch: int) -> None:
         """--align_weight_frequency epoch."""
         if self.opts.align_weight_frequency == "epoch":
             model.align_weight(self.opts.align_weight)
 
-    def end_step(self, model: nn.Module) -> None:
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """--align_weight_frequency task."""
         if self.opts.align_weight_frequency == "task":
             model.align_weight(self.opts.align_weight)
@@ -137,13 +147,20 @@ class BackgroundModes(Part):
         wanted = opts.nb_background_modes > 1 and opts.init_multimodal is not None and not opts.init_balanced
         return wanted and task.step > 0 and not task.domain
 
-    def attach(self, model: nn.Module, previous: dict[str, Any]) -> None:
-        """Keep the student for the beginning of the step."""
-        self.model = model
-
-    def begin_step(self, loader, teacher: nn.Module | None, device: torch.device) -> None:
-        """One pass over the step's images."""
-        self.model.init_from_background_modes(loader, self.opts.init_multimodal)
+    @torch.no_grad()
+    def init_classifier(
+        self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
+    ) -> None:
+        """Count, in one pass over the step's images, which modes respond to the pixels of each new class, and start from them."""
+        classifiers, how = model.cls, self.opts.init_multimodal
+        was_training = model.training
+        model.eval()
+        votes = classifiers[0].weight.new_zeros(classifiers.num_new, classifiers.background_modes)
+        for images, labels in loader:
+            features = model(images.to(votes), full_size=False).pre_logits
+            votes += classifiers.mode_votes(features, labels.to(device), how)
+        classifiers.init_from_modes(distributed.sum_(votes), how)
+        model.train(was_training)
 
 
 def class_growth(task: Task) -> float:

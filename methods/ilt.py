@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset.tasks import Task
 from methods.base import Method, Part
 from utils import distillation
+from utils.balance.equilibrium import TermSpec
 from utils.types import Batch
 
 
@@ -29,6 +30,10 @@ class BodyDistillation(Part):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """{"body": scalar}."""
         return {"body": self.opts.loss_de * distillation.body_distillation(batch.student.body, batch.teacher.body)}
+
+    def term_specs(self) -> list[TermSpec]:
+        """The distance of the bodies, measured at the head."""
+        return [TermSpec("body")]
 
 
 class ILT(Method):

@@ -20,6 +20,7 @@ differently from its text is said where it is computed.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from dataset.tasks import Task
 from methods.base import Method, Part
 from methods.plop import PLOP, pod_options
+from segmentation_module import SegmentationModel
 from utils import loss, masks
-from utils.balance import equilibrium
+from utils.balance.equilibrium import Balancer, Coefficients, GradientEquilibrium, TermSpec
 from utils.pod import terms as pod
 from utils.types import TAP_NAMES, Batch
 
@@ -117,30 +119,23 @@ class LayerSpecificDistillation(Part):
         teacher, student = batch.teacher.features[index], batch.student.features[index]
         return pod.align_tap(teacher, student, mask, options, place, batch.labels, self.task.num_old)
 
-    def make_balancer(self, model: nn.Module) -> equilibrium.GradientEquilibrium:
-        """RGE over all terms of the run, in the official order: ce, mcd, kd, then the taps."""
-        *stages, head_norm = model.stage_weights()
-        watched = dict(zip(TAP_NAMES, [*stages, head_norm, head_norm]))
+    def term_specs(self) -> list[TermSpec]:
+        """The context terms, measured at the head; then the terms of the taps, each measured at its own depth."""
+        context = [TermSpec(name) for name, _ in self.context]
+        return context + [
+            TermSpec(name, tap, "B" if tap in SHALLOW else "A", DEPTH.index(tap) if tap in DEPTH else None)
+            for name, tap in self.pooled
+        ]
 
-        def balanced(name: str, tap: str, deep: bool) -> equilibrium.BalancedTerm:
-            depth = DEPTH.index(tap) if deep and tap in DEPTH else None
-            return equilibrium.BalancedTerm(name, watched[tap], "B" if tap in SHALLOW else "A", depth)
-
-        terms = [balanced("ce", "pre_logits", False)] if not (self.opts.icarl and self.opts.icarl_disjoint) else []
-        terms += [balanced(name, tap, False) for name, tap in self.context]
-        for name, used in (
-            ("kd", self.opts.loss_kd > 0),
-            ("body", self.opts.loss_de > 0),
-            ("icarl", self.opts.icarl),
-            ("entropy", self.opts.entropy_min > 0),
-        ):
-            terms += [balanced(name, "pre_logits", False)] if used else []
-        terms += [balanced(name, tap, True) for name, tap in self.pooled]
-        ratio = self.task.num_new / self.task.num_old
-        dtype = torch.promote_types(head_norm.dtype, torch.float32)
-        return equilibrium.GradientEquilibrium(
-            terms, self.opts.rge_alpha, self.opts.rge_beta, self.opts.rge_gamma, ratio, dtype
-        )
+    def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer:
+        """RGE over all terms of the run, in the official order: ce, mcd, kd, further terms, then the taps."""
+        of_taps = {name for name, _ in self.pooled}
+        ordered = sorted(specs, key=lambda spec: spec.name in of_taps)
+        watched = model.watched_weights()
+        opts, task = self.opts, self.task
+        coefficients = Coefficients(opts.rge_alpha, opts.rge_beta, opts.rge_gamma)
+        dtype = torch.promote_types(watched["pre_logits"].dtype, torch.float32)
+        return GradientEquilibrium(ordered, watched, coefficients, task.num_new / task.num_old, dtype)
 
 
 def mcd_name(tap: str) -> str:

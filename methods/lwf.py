@@ -18,6 +18,7 @@ from dataset.tasks import Task
 from methods.base import Method, Part
 from methods.ft import class_growth
 from utils import distillation
+from utils.balance.equilibrium import TermSpec
 from utils.types import Batch
 
 
@@ -70,6 +71,10 @@ class OutputDistillation(Part):
             mean = value.mean()
         schedule = class_growth(self.task) if self.opts.kd_scheduling else 1.0
         return {"kd": self.opts.loss_kd * schedule * mean}
+
+    def term_specs(self) -> list[TermSpec]:
+        """The distillation of outputs, measured at the head."""
+        return [TermSpec("kd")]
 
 
 class LWF(Method):

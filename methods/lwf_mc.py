@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset.tasks import Task
 from methods.base import Method, Part
 from utils import distillation
+from utils.balance.equilibrium import TermSpec
 from utils.types import Batch
 
 
@@ -35,6 +36,10 @@ class ICarl(Part):
             )
             return {"icarl": value}
         return {"icarl": self.opts.icarl_importance * distillation.icarl_combined(student, teacher)}
+
+    def term_specs(self) -> list[TermSpec]:
+        """iCaRL's loss, measured at the head."""
+        return [TermSpec("icarl")]
 
 
 class LWFMC(Method):

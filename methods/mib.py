@@ -2,12 +2,38 @@
 
 ce   --unce: the background's probability is that of background and all old classes together (utils.loss)
 kd   --unkd: the student's background is background and all new classes together (methods/lwf.py)
---init_balanced: new classifiers start as the old background (modules/classifier.py)
+--init_balanced: new classifiers start as the old background (`Classifiers.init_balanced`)
 """
 
 from __future__ import annotations
 
-from methods.base import Method
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+from dataset.sampler import TrainingBatches
+from dataset.tasks import Task
+from methods.base import Method, Part
+from segmentation_module import SegmentationModel
+
+
+class BalancedInitialisation(Part):
+    """New classifiers start as the old background, whose probability all of them share (--init_balanced).
+
+    Reference: MiB (Cermelli et al., CVPR 2020), section 3.3.
+    """
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --init_balanced; domains add no class."""
+        return opts.init_balanced and task.step > 0 and not task.domain
+
+    def init_classifier(
+        self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
+    ) -> None:
+        """Weights of the background, and biases lowered by ln(C_new + 1)."""
+        model.cls.init_balanced()
 
 
 class MiB(Method):

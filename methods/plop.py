@@ -9,12 +9,12 @@ pod             mean over taps of factor · ‖pooled(a²) − pooled(b²)‖ ·
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method, Part
 from methods.ft import class_growth
@@ -44,7 +44,7 @@ class PseudoLabels(Part):
         return opts.pseudo is not None and task.step > 0 and not task.domain
 
     @torch.no_grad()
-    def begin_step(self, loader: Iterable, teacher: nn.Module | None, device: torch.device) -> None:
+    def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
         """Thresholds from the teacher's confidence on the background of the training set.
 
         The release lets every process read its own histogram; here the histogram is that of all processes.

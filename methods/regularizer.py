@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from methods.base import Previous
 from utils.checkpointing import checkpoint_files
 
 #: Keeps the normalisation of a constant importance finite; the released value.
@@ -36,22 +37,22 @@ class Regularizer:
 
     Args:
         model: the student, not wrapped.
-        previous: checkpoint of step t-1: "model_state" (p_old) and "trainer_state" with the importance; empty at step 0.
+        previous: the importance that step t−1 stored, by kind and official parameter name, and p_old, its weights.
         opts: reg_importance, reg_alpha, reg_iterations, reg_no_normalize.
 
     Raises:
-        ValueError: the importance in `previous` cannot be that of its weights.
+        ValueError: the importance cannot be that of these weights.
     """
 
     #: What it measures, in the order in which the penalty adds them up.
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+    def __init__(self, model: nn.Module, previous: Previous, opts: Namespace):
         self.opts = opts
         self.old = _read_importance(previous, self.kinds)
         measured = list(self.old)
         #: Kinds of importance that step t-1 should have left and did not.
-        self.absent = [kind for kind in self.kinds if previous and kind not in measured]
+        self.absent = [kind for kind in self.kinds if previous.weights and kind not in measured]
         self.anchor: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
@@ -62,7 +63,7 @@ class Regularizer:
                     for value in importances
                 ]
                 self.weights[name] = torch.stack(shaped).sum(dim=0)
-                self.anchor[name] = previous["model_state"][name].to(parameter)
+                self.anchor[name] = previous.weights[name].to(parameter)
         self.current = {kind: self._start(model, kind) for kind in self.kinds}
 
     def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
@@ -108,21 +109,17 @@ class Regularizer:
             _restore(values, checkpoint_files.without_prefix(state[kind]))
 
 
-def _read_importance(previous: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+def _read_importance(previous: Previous, kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Importance by kind and parameter name, as far as step t-1 measured it.
 
     A file is not to be trusted: importance that does not fit the weights beside it, or is no number, would end or ruin a training.
     """
-    known: Any = previous
-    for key in ("trainer_state", "regularizer"):
-        known = known.get(key)
-        if known is None:
-            return {}
-        if not isinstance(known, dict):
-            raise _misfit(previous, f"{key} is a {type(known).__name__}, not a dictionary")
+    state = previous.state
+    if not isinstance(state, dict):
+        raise _misfit(previous, f"it is a {type(state).__name__}, not a dictionary")
     found = {}
     for kind in kinds:
-        importance = known.get(kind)
+        importance = state.get(kind)
         if importance is None:
             continue
         if not isinstance(importance, dict) or not all(isinstance(name, str) for name in importance):
@@ -130,7 +127,7 @@ def _read_importance(previous: dict[str, Any], kinds: tuple[str, ...]) -> dict[s
         found[kind] = checkpoint_files.without_prefix(importance)
         found[kind].pop(checkpoint_files.LOSS_WEIGHTS, None)  # which official files have among the weights
         for name, value in found[kind].items():
-            weight = previous["model_state"].get(name)
+            weight = previous.weights.get(name)
             if weight is None or not isinstance(value, Tensor) or value.shape != weight.shape:
                 raise _misfit(previous, f"the {kind} of {name} has not the shape of its weight")
             if not (value.is_floating_point() and bool(value.isfinite().all())):
@@ -138,10 +135,10 @@ def _read_importance(previous: dict[str, Any], kinds: tuple[str, ...]) -> dict[s
     return found
 
 
-def _misfit(previous: dict[str, Any], what: str) -> ValueError:
-    file = previous.get("file", "the checkpoint of the previous step")
+def _misfit(previous: Previous, what: str) -> ValueError:
     return ValueError(
-        f"--regularizer: {file} has no usable importance ({what}); train that step again with --regularizer, or go on without"
+        f"--regularizer: {previous.file} has no usable importance ({what}); train that step again with "
+        "--regularizer, or go on without"
     )
 
 
@@ -211,7 +208,7 @@ class PathRegularizer(_PathMixin, Regularizer):
 
     kinds = ("score",)
 
-    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+    def __init__(self, model: nn.Module, previous: Previous, opts: Namespace):
         super().__init__(model, previous, opts)
         self._begin_path(model)
 
@@ -256,7 +253,7 @@ class RiemannianRegularizer(_PathMixin, FisherRegularizer):
 
     kinds = ("fisher", "score")
 
-    def __init__(self, model: nn.Module, previous: dict[str, Any], opts: Namespace):
+    def __init__(self, model: nn.Module, previous: Previous, opts: Namespace):
         super().__init__(model, previous, opts)
         self._begin_path(model)
         self.iterations = 0

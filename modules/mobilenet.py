@@ -95,6 +95,7 @@ class MobileNetV2(nn.Module):
 
     Attributes:
         out_channels: channels of the last map, 320: the 1280-channel conv belongs to the ImageNet classifier.
+        slope: 1, because the stages end in linear bottlenecks without an activation.
 
     Raises:
         ValueError: no such output stride.
@@ -102,6 +103,8 @@ class MobileNetV2(nn.Module):
     Reference: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, table 2 and, for
         segmentation, section 6.3.
     """
+
+    slope = 1.0
 
     def __init__(self, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modules.norm import SLOPE
 from modules.residual import ResidualBlock, Stage
 
 
@@ -55,6 +56,7 @@ class ResNet(nn.Module):
 
     Attributes:
         out_channels: channels of the last map (512 or 2048).
+        slope: negative slope of the activation that ends each stage.
 
     Raises:
         ValueError: no such backbone or output stride.
@@ -62,6 +64,8 @@ class ResNet(nn.Module):
     Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; dilations as in Chen et al.,
         "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
     """
+
+    slope = SLOPE
 
     def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimiser of a step."""
+"""The optimiser of a step, and its parameter groups."""
 
 from __future__ import annotations
 
@@ -9,45 +9,58 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.types import TaskLike
+Group = dict[str, Any]
 
 
-def make_optimizer(
-    opts: Namespace, task: TaskLike, model: nn.Module, extra: list[nn.Parameter], fused: bool
-) -> torch.optim.SGD:
-    """SGD with Nesterov momentum over the official parameter groups: body, head and classifiers, in the order of the network.
+def parameter_groups(opts: Namespace, step: int, model: nn.Module) -> list[Group]:
+    """The official groups: body, head and classifiers, in the order of the network.
 
-    With `--lr_old` the classifiers form two groups, those of earlier steps and the new one. A group without trainable
-    parameters is left out. In the official LSKD program λ is a parameter of the head itself, `head.lossweights`, and
-    the parameters of a module come before those of the modules in it: here λ opens the head's group, so that
-    `optimizer_state` numbers the parameters as there.
+    With `--lr_old` the classifiers form two groups, those of earlier steps and the new one.
 
     Args:
-        opts: lr_of_step, lr_old, momentum, weight_decay.
-        task: the classifiers of earlier steps learn with `--lr_old` times the step's learning rate.
+        opts: lr_of_step, lr_old, weight_decay.
+        step: the classifiers of earlier steps learn with `--lr_old` times the step's learning rate.
         model: the student, not wrapped.
+
+    Returns:
+        Groups of `torch.optim.SGD`, each with "name", of the parameters that take a gradient; a group may be empty.
+    """
+
+    def group(name: str, parameters: Iterable[nn.Parameter], rate: float = opts.lr_of_step) -> Group:
+        trained = [p for p in parameters if p.requires_grad]
+        return {"name": name, "params": trained, "lr": rate, "weight_decay": opts.weight_decay}
+
+    groups = [group("body", model.body.parameters()), group("head", model.head.parameters())]
+    if opts.lr_old is None or step == 0:
+        return [*groups, group("cls", model.cls.parameters())]
+    earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
+    held = {id(p) for p in earlier}
+    newest = (p for p in model.cls.parameters() if id(p) not in held)
+    return [*groups, group("cls/old", earlier, opts.lr_old * opts.lr_of_step), group("cls", newest)]
+
+
+def make_optimizer(opts: Namespace, groups: list[Group], extra: list[nn.Parameter], fused: bool) -> torch.optim.SGD:
+    """SGD with Nesterov momentum.
+
+    In the official LSKD program λ is a parameter of the head itself, `head.lossweights`, and the parameters of a module come before
+    those of the modules in it: here λ opens the head's group, so that `optimizer_state` numbers the parameters as there.
+
+    Args:
+        opts: lr_of_step, momentum.
+        groups: of `parameter_groups`, after the changes of the method's parts; empty ones are left out.
         extra: parameters of the balancer, λ.
         fused: whether the precision allows the fused step.
 
     Returns:
         The optimiser.
     """
-
-    def group(parameters: Iterable[nn.Parameter], lr: float = opts.lr_of_step) -> dict[str, Any]:
-        return {"params": [p for p in parameters if p.requires_grad], "lr": lr, "weight_decay": opts.weight_decay}
-
-    groups = [group(model.body.parameters()), group([*extra, *model.head.parameters()])]
-    if opts.lr_old is not None and task.step > 0:
-        earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
-        held = {id(p) for p in earlier}
-        groups += [
-            group(earlier, opts.lr_old * opts.lr_of_step),
-            group(p for p in model.cls.parameters() if id(p) not in held),
-        ]
-    else:
-        groups.append(group(model.cls.parameters()))
+    placed = [
+        {key: value for key, value in group.items() if key != "name"}
+        | {"params": [*extra, *group["params"]] if group["name"] == "head" else group["params"]}
+        for group in groups
+    ]
     return torch.optim.SGD(
-        [g for g in groups if g["params"]],
+        [group for group in placed if group["params"]],
         lr=opts.lr_of_step,
         momentum=opts.momentum,
         nesterov=opts.momentum > 0,

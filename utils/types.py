@@ -4,8 +4,9 @@ who only name files after it."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Label of pixels that no loss and no metric looks at.
@@ -24,6 +25,7 @@ class Taps(NamedTuple):
         body: (B, c, h, w) output of the last residual stage, after its activation.
         pre_logits: (B, 256, h, w) output of the DeepLabV3 head, input of the classifiers.
         attentions: four tensors, the output of the last block of each residual stage BEFORE its final activation.
+        slope: negative slope of that activation, a leaky ReLU; 1 for a body whose stages end without one.
     """
 
     logits: Tensor
@@ -31,6 +33,12 @@ class Taps(NamedTuple):
     body: Tensor
     pre_logits: Tensor
     attentions: tuple[Tensor, ...]
+    slope: float = 1.0
+
+    @property
+    def stages(self) -> tuple[Tensor, ...]:
+        """The outputs of the four stages AFTER their activation, computed on demand: few methods look at them."""
+        return tuple(F.leaky_relu(attention, self.slope) for attention in self.attentions)
 
     @property
     def features(self) -> tuple[Tensor, ...]:
@@ -51,6 +59,7 @@ class Batch:
         student: forward pass of the model in training.
         teacher: forward pass of the frozen model of step t-1, or None.
         teacher_views: the six taps of further teacher passes by name, such as LSKD's two erased views.
+        extras: what one hook of a part leaves for a later hook, by name.
     """
 
     images: Tensor
@@ -60,7 +69,13 @@ class Batch:
     pseudo_mask: Tensor | None = None
     student: Taps | None = None
     teacher: Taps | None = None
-    teacher_views: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    teacher_views: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def release_taps(self) -> None:
+        """Let go of all taps: after the losses are computed, only their graph needs them."""
+        self.student = self.teacher = None
+        self.teacher_views = {}
 
     def with_student(self, student: Taps) -> Batch:
         """This batch with the student's forward pass attached."""

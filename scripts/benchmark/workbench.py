@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import argparser
 import methods
+from dataset.sampler import FixedBatches
 from dataset.tasks import Task
 from modules.atrous import AtrousConv2d
 from modules.fold import fold_frozen
@@ -30,6 +31,7 @@ from modules.resnet import Stem
 from run import options_of_step
 from segmentation_module import SegmentationModel, make_model
 from train import Trainer
+from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 from utils.types import IGNORE
 
@@ -205,7 +207,7 @@ class Workbench:
         teacher = self._plain_teacher() if method.needs_teacher else None
         self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
         self.student = self._student(teacher)
-        method.attach(self.student, {})
+        method.attach(self.student, teacher)
         self.teacher = self.plain_teacher = self.plain_student = None
         if "floor" in parts:
             # Alone, the floor's networks are not kept twice: its memory is measured too
@@ -216,9 +218,11 @@ class Workbench:
         self.trainer = None
         if "iteration" in parts:
             folded = None if teacher is None else fold_frozen(teacher, in_place="floor" not in parts)
-            self.trainer = Trainer(self.opts, self.task, method, self.student, folded, device, Logger(progress=False))
-            method.begin_step([(self.images, self.labels)], folded, device)
-            self.trainer.start(iterations_per_epoch=1000)
+            method.begin_step(FixedBatches([(self.images, self.labels)]), folded, device)
+            context = Context(device, Logger(progress=False))
+            self.trainer = Trainer(
+                self.opts, self.task, method, self.student, folded, context, iterations_per_epoch=1000
+            )
             self.trainer.model.train()
 
     def _plain_teacher(self) -> SegmentationModel:
@@ -237,7 +241,7 @@ class Workbench:
         student = make_model(self.opts, self.task.classes_per_step, pretrained=False).to(self.device)
         if teacher is not None:
             student.load_state_dict(teacher.state_dict(), strict=False)
-            student.init_new_classifier()
+            student.cls.init_balanced()
         return student.to(memory_format=self.layout).train()
 
     def floor(self) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.sampler import FixedBatches
 from methods.lskd import LSKD
 from methods.plop import pod_options
 from tests.support import thin
@@ -64,9 +65,9 @@ def test_nine_official_terms_in_their_order():
     assert set(terms) == set(balancer.names)
     assert all(value > 0 for value in terms.values())
     stages = [step.model.body.mod2, step.model.body.mod3, step.model.body.mod4, step.model.body.mod5]
-    for term, (_, stage, group) in zip(balancer.terms, OFFICIAL):
+    for term, watched, (_, stage, group) in zip(balancer.terms, balancer.watched, OFFICIAL):
         first = step.model.head.red_bn.weight if stage is None else next(stages[stage].parameters())
-        assert term.watched is first and term.group == group
+        assert watched is first and term.group == group
     chain = [term.name for term in sorted((t for t in balancer.terms if t.depth is not None), key=lambda t: t.depth)]
     assert chain == ["pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits"]
     assert (balancer.alpha, balancer.beta, balancer.gamma) == (10, 0.0001, 0.0005)
@@ -119,7 +120,7 @@ def test_other_schemes_train(schemes, more, names, rule):
     assert set(values) == {*names, "loss"}
     assert len(trainer.balancer.weights) == len(names)
     trainer.balancer.end_epoch()
-    assert float(trainer.balancer.loss_weights.detach().sum()) == pytest.approx(len(names))
+    assert float(trainer.balancer.weights.detach().sum()) == pytest.approx(len(names))
 
 
 def test_mcd_of_logits_folds_the_extra_channels():
@@ -149,7 +150,7 @@ def test_weights_move_by_sgd_with_weight_decay():
     gradient = trainer.balancer.weights.grad
     # Nesterov's first step: gradient + momentum · gradient
     expected = 1 - 0.25 * 1.9 * (gradient + 0.01)
-    torch.testing.assert_close(trainer.balancer.loss_weights, expected.detach())
+    torch.testing.assert_close(trainer.balancer.weights.detach(), expected.detach())
     assert gradient.abs().max() > 0
 
 
@@ -157,12 +158,13 @@ def test_weights_enter_the_loss_and_its_measurement():
     images, labels = thin.images(2), thin.bands(0, 4, 5, 255)
     weights = torch.linspace(0.5, 1.5, 9)
     values, trainer = {}, None
-    for inherited in (None, weights):
+    for inherited in (False, True):
         step = thin.Step("--method LSKD")
         step.begin(images, labels)
         trainer = step.trainer()
-        trainer.balancer.inherit(inherited)
-        values[inherited is None] = trainer.train_iteration(images, labels)
+        if inherited:
+            trainer.balancer.inherit(dict(zip(trainer.balancer.names, weights)))
+        values[not inherited] = trainer.train_iteration(images, labels)
     expected = sum(float(w) * values[True][name] for w, name in zip(weights, trainer.balancer.names))
     assert values[False]["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -254,10 +256,12 @@ def test_a_long_run_of_such_batches_stays_finite():
     step.begin(thin.images(2), kinds[3])
     trainer = step.trainer()
     for epoch in range(3):
-        values = trainer.train_epoch([(thin.images(2, seed=seed), labels) for seed, labels in enumerate(kinds)])
+        values = trainer.train_epoch(
+            FixedBatches([(thin.images(2, seed=seed), labels) for seed, labels in enumerate(kinds)])
+        )
         assert len(values) == 10, epoch
-        assert trainer.balancer.loss_weights.isfinite().all()
-        assert float(trainer.balancer.loss_weights.sum()) == pytest.approx(9)
+        assert trainer.balancer.weights.isfinite().all()
+        assert float(trainer.balancer.weights.sum()) == pytest.approx(9)
         assert {f"lambda/{name}" for name, *_ in OFFICIAL} <= set(trainer.history[-1]["balance"])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from methods.base import Previous
 from methods.regularizer import REGULARIZERS, normalised
 from tests.support import thin
 
@@ -44,7 +45,7 @@ def checkpoint(**importance):
 
 
 def make(name, model, previous, **changed):
-    return REGULARIZERS[name](model, previous, options(**changed))
+    return REGULARIZERS[name](model, Previous.of_part(previous, "regularizer"), options(**changed))
 
 
 def run_iterations(regularizer, model, count=1):
@@ -249,8 +250,7 @@ FISHER = ("trainer_state", "regularizer", "fisher")
 @pytest.mark.parametrize(
     ("spoilt", "said"),
     [
-        (("trainer_state", [1]), "trainer_state is a list"),
-        (("trainer_state", "regularizer", "x"), "regularizer is a str"),
+        (("trainer_state", "regularizer", "x"), "it is a str"),
         ((*FISHER, 3), "fisher is no dictionary"),
         ((*FISHER, {1: torch.ones(2)}), "fisher is no dictionary of parameter names"),
         ((*FISHER, "module.weight", torch.ones(3)), "fisher of weight has not the shape"),
@@ -271,9 +271,17 @@ def test_importance_that_does_not_fit_its_weights_is_refused(name, spoilt, said)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_states_that_are_no_dictionary_are_refused():
+    spoilt = {"trainer_state": [1], "file": "a.pth"}
+    with pytest.raises(
+        ValueError, match=r"^a.pth has a trainer_state that is a list, not a dictionary; train that step"
+    ):
+        make("ewc", Toy(), spoilt)
+
+
 @pytest.mark.parametrize("empty", [{}, {"trainer_state": None}, {"trainer_state": {"regularizer": None}}])
 def test_checkpoints_without_importance_are_taken(empty):
-    assert make("ewc", Toy(), {"model_state": {}} | empty).absent == ["fisher"]
+    assert make("ewc", Toy(), {"model_state": {"weight": torch.ones(2)}} | empty).absent == ["fisher"]
 
 
 # -------------------------------------------------------------------------- method
@@ -290,7 +298,7 @@ def test_penalty_is_added_after_the_measurement():
     step = thin.Step("--method EWC --reg_importance 5 --reg_alpha 1", steps=((0, 1, 2), (3,)), dtype=torch.float64)
     importance = {name: torch.rand_like(p) for name, p in step.teacher.named_parameters()}
     previous = {"model_state": step.teacher.state_dict(), "trainer_state": {"regularizer": {"fisher": importance}}}
-    step.method.attach(step.model, previous)
+    step.method.attach(step.model, None, previous)
     (part,) = (part for part in step.method.parts if part.state_key == "regularizer")
     images, labels = thin.images(2, dtype=torch.float64), thin.bands(0, 3, 255)
     step.terms(images, labels)["ce"].backward()
@@ -330,7 +338,7 @@ def test_an_interrupted_measurement_that_does_not_fit_is_refused(keys, value):
 def test_a_step_without_earlier_importance_says_so(capsys):
     step = thin.Step("--method EWC", steps=((0, 1, 2), (3,)))
     assert capsys.readouterr().out == ""
-    step.method.attach(step.model, {"model_state": step.teacher.state_dict(), "trainer_state": {}})
+    step.method.attach(step.model, None, {"model_state": step.teacher.state_dict(), "trainer_state": {}})
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("note: no fisher in the checkpoint of step 0")
     step.terms(thin.images(2), thin.bands(0, 3))["ce"].backward()

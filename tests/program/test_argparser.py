@@ -145,12 +145,13 @@ def test_a_method_that_is_not_built_is_refused_by_name(monkeypatch):
 
 
 def test_options_of_a_method_are_added_once_for_all_that_inherit_it(monkeypatch):
-    class Mine(methods.METHODS["FT"]):
-        name, preset = "Mine", {"mine": 2.0}
-
+    class MyPart(methods.Part):
         @staticmethod
         def add_options(parser):
             parser.add_argument("--mine", type=float, default=1.0)
+
+    class Mine(methods.METHODS["FT"]):
+        name, preset, own_parts = "Mine", {"mine": 2.0}, (MyPart,)
 
     class Yours(Mine):
         name, preset = "Yours", {}

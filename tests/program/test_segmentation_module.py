@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset.sampler import FixedBatches
 from modules.atrous import AtrousConv2d
 from modules.classifier import FUSIONS, Classifiers
 from modules.deeplab import DeeplabV3
@@ -17,6 +18,7 @@ from modules.fold import fold_frozen
 from modules.norm import ABN, make_norm
 from modules.resnet import ResNet
 from segmentation_module import make_model
+from tests.support import thin
 from tests.support.paths import FACTS
 
 OFFICIAL = json.loads((FACTS / "official_state_dict.json").read_text())
@@ -279,7 +281,7 @@ def test_balanced_initialisation_by_hand():
     with torch.no_grad():
         model.cls[0].bias.copy_(torch.tensor([0.5, 0.25]))
     old = model.cls[0].weight.detach().clone()
-    model.init_new_classifier()
+    model.cls.init_balanced()
     assert torch.equal(model.cls[0].weight, old)
     assert all(torch.equal(weight, old[0]) for weight in model.cls[1].weight)
     expected = 0.5 - math.log(4)
@@ -315,7 +317,7 @@ def test_background_modes(fusion):
     before = model.cls[0].bias.detach().clone()
     features = torch.randn(2, 256, 3, 3)
     background = model.cls(features)[:, 0]
-    model.init_new_classifier()
+    model.cls.init_balanced()
     # whatever the fusion, the background's logit falls by ln(C_new + 1)
     torch.testing.assert_close(model.cls(features)[:, 0], background - math.log(3), atol=1e-4, rtol=1e-4)
     assert (model.cls[0].bias < before).all()
@@ -386,11 +388,12 @@ def test_new_class_without_a_pixel_takes_the_mean_of_the_modes():
 
 
 def test_initialisation_from_images_leaves_the_mode_of_the_model():
-    model = model_of((3, 2), nb_background_modes=2, multimodal_fusion="max")
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.init_from_background_modes([(torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32)))], "max")
-    assert model.training
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    with thin.program():
+        step = thin.Step("--nb_background_modes 2 --init_multimodal max")
+        step.method.init_classifier(
+            step.model, None, FixedBatches([(thin.images(2), thin.bands(0, 4, 5))]), torch.device("cpu")
+        )
+        assert step.model.training
 
 
 def test_cosine_classifier():
@@ -403,7 +406,7 @@ def test_cosine_classifier():
     x = torch.randn(1, 256, 2, 2)
     expected = 7 * F.cosine_similarity(x.unsqueeze(1), model.cls[0].weight.unsqueeze(0), dim=2)
     torch.testing.assert_close(model.cls(x)[:, :3], expected)
-    model.init_new_classifier()
+    model.cls.init_balanced()
     assert torch.equal(model.cls[1].weight[1], model.cls[0].weight[0])
 
 
@@ -457,7 +460,7 @@ def test_frozen_body_takes_no_gradient():
 def test_stage_weights_are_the_first_parameters():
     model = model_of()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert [names[id(weight)] for weight in model.stage_weights()] == [
+    assert [names[id(weight)] for weight in list(model.watched_weights().values())[:5]] == [
         *(f"body.mod{i}.block1.convs.conv1.weight" for i in (2, 3, 4, 5)),
         "head.red_bn.weight",
     ]

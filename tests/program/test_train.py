@@ -13,11 +13,14 @@ import argparser
 import dataset
 import run
 import train
+from dataset.sampler import FixedBatches
 from tests.support import thin
-from train import Meters, NonFiniteLoss
 from utils import scheduler
 from utils.checkpointing.random_state import random_state, seed_everything, set_random_state
-from utils.optimizer import make_optimizer
+from utils.optimizer import make_optimizer, parameter_groups
+from utils.reporting import context
+from utils.reporting.meters import Meters
+from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped
 
 CPU = torch.device("cpu")
@@ -29,15 +32,13 @@ def small():
         yield
 
 
-class Loader(list):
-    """Batches in a list, with the little that the trainer asks of a sampler."""
+class Loader(FixedBatches):
+    """Batches in a list that remember the position that they were asked for."""
 
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.sampler = self
-        self.position = None
+    def __getitem__(self, number):
+        return self.batches[number]
 
-    def set_position(self, epoch, first_batch):
+    def set_position(self, epoch, first_batch=0, purpose="training"):
         self.position = (epoch, first_batch)
 
 
@@ -49,9 +50,7 @@ def trainer_of(text="", steps=((0, 1, 2),), batch=None):
     step = thin.Step(text, steps)
     if len(steps) > 1:
         step.begin(*(batch or batches()[0]))
-    trainer = step.trainer()
-    trainer.start(3)
-    return trainer
+    return step.trainer(iterations=3)
 
 
 def weights(trainer):
@@ -65,10 +64,15 @@ def same(one, other):
 # --------------------------------------------------------- optimiser and schedule
 
 
+def optimizer_of(step, extra=()):
+    groups = parameter_groups(step.opts, step.task.step, step.model)
+    return make_optimizer(step.opts, groups, list(extra), fused=False)
+
+
 def test_optimizer_is_nesterov_sgd_over_all_parameters():
     step = thin.Step("--lr 0.3 --momentum 0.8 --weight_decay 0.02", ((0, 1, 2), (3,)))
     extra = nn.Parameter(torch.ones(9))
-    optimizer = make_optimizer(step.opts, step.task, step.model, [extra], fused=False)
+    optimizer = optimizer_of(step, [extra])
     assert [(g["lr"], g["momentum"], g["nesterov"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (0.3, 0.8, True, 0.02)
     ] * 3
@@ -79,18 +83,16 @@ def test_optimizer_is_nesterov_sgd_over_all_parameters():
 
 def test_lr_old_is_a_factor_of_the_learning_rate():
     step = thin.Step("--lr 0.5 --lr_old 0.25", ((0, 1, 2), (3,), (4, 5)))
-    groups = make_optimizer(step.opts, step.task, step.model, [], fused=False).param_groups
+    groups = optimizer_of(step).param_groups
     assert [g["lr"] for g in groups] == [0.5, 0.5, 0.125, 0.5]
     assert groups[2]["params"] == [*step.model.cls[0].parameters(), *step.model.cls[1].parameters()]
     assert groups[3]["params"] == list(step.model.cls[2].parameters())
     cosine = thin.Step("--lr 0.5 --lr_old 0.25 --cosine", ((0, 1, 2), (3,)))
-    optimizer = make_optimizer(cosine.opts, cosine.task, cosine.model, [], fused=False)
+    optimizer = optimizer_of(cosine)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in cosine.model.parameters()}
     first = thin.Step("--lr 0.5 --lr_old 0.25", ((0, 1, 2),))
-    assert [g["lr"] for g in make_optimizer(first.opts, first.task, first.model, [], fused=False).param_groups] == [
-        0.5
-    ] * 3
+    assert [g["lr"] for g in optimizer_of(first).param_groups] == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_learning_rates_belong_to_the_places_of_step(rates, steps, expected):
 def test_a_frozen_body_is_not_optimised():
     step = thin.Step("", ((0, 1, 2),))
     step.model.freeze_body()
-    optimizer = make_optimizer(step.opts, step.task, step.model, [], fused=False)
+    optimizer = optimizer_of(step)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not held & {id(p) for p in step.model.body.parameters()}
 
@@ -186,7 +188,7 @@ def fake_scores():
 
 def test_saves_by_the_clock_count_over_epochs(monkeypatch):
     clock = iter(range(0, 10**6, 25))  # every look at the clock is 25 seconds later
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(context.time, "monotonic", lambda: next(clock))
     trainer = trainer_of("--epochs 4 --ckpt_interval 100 --ckpt_minutes 2")
     saved = []
     trainer.fit(batches(2), None, lambda: saved.append((trainer.epoch, trainer.iteration)))
@@ -265,7 +267,7 @@ def poisoned():
 
 def test_a_non_finite_loss_names_terms_place_and_files():
     trainer = trainer_of()
-    trainer.files_of_batch = lambda: ["a.png", "b.png"]
+    trainer.context.files_of_batch = lambda number: ["a.png", "b.png"]
     with pytest.raises(NonFiniteLoss) as caught:
         trainer.train_epoch(poisoned())
     text = str(caught.value)
@@ -331,7 +333,7 @@ def test_background_can_be_kept_out_of_predictions():
 def test_a_stop_in_the_validation_is_saved_and_validated_again():
     trainer = trainer_of("--epochs 1")
     trainer.fit(batches(), None, lambda: None)
-    trainer.stop.signum = 15
+    trainer.context.stop.signum = 15
     saved = []
     with pytest.raises(Stopped) as caught:
         trainer.fit(batches(), batches(2), lambda: saved.append(trainer.validated_epoch))

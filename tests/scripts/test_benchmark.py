@@ -21,7 +21,7 @@ from scripts.benchmark.workbench import (
     write_files,
 )
 from tests.support.paths import ROOT
-from utils.balance.equilibrium import BalancedTerm, GradientEquilibrium
+from utils.balance.equilibrium import Coefficients, GradientEquilibrium, TermSpec
 from utils.types import IGNORE
 
 SMALL = ["--backbone", "resnet18", "--crop_size", "64", "--device", "cpu", "--repeats", "1"]
@@ -105,8 +105,8 @@ def test_measuring_one_term_leaves_the_graphs_of_the_others_alone():
         doubled = 2 * weight
         doubled.register_hook(lambda gradient, name=name: passes.append(name))
         losses[name] = doubled.sum()
-    terms = [BalancedTerm(name, weight, "A") for name, weight in zip("abc", weights)]
-    GradientEquilibrium(terms, 1.0, 1.0, 1.0, 1.0).combine(losses)
+    terms = [TermSpec(name, name) for name in "abc"]
+    GradientEquilibrium(terms, dict(zip("abc", weights)), Coefficients(1.0, 1.0, 1.0), 1.0).combine(losses)
     assert passes == ["a", "b", "c"]
 
 

@@ -12,12 +12,14 @@ from torch import nn
 
 import argparser
 import methods
+from dataset.sampler import FixedBatches
 from dataset.tasks import Task
 from modules.fold import fold_frozen
 from segmentation_module import make_model
 from train import Trainer
 from utils.balance import equilibrium
 from utils.checkpointing import checkpoint_files
+from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 
 #: Relative agreement of traces; a change of 1e-7 in an early weight grows to 2e-3 in the last logits.
@@ -96,7 +98,12 @@ def options(meta: dict):
 
 
 class Recorder(Trainer):
-    """A trainer that keeps the loss terms of every iteration."""
+    """A trainer that keeps the loss terms of every iteration, at a constant learning rate."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.recorded = []
+        self.scheduler.get_lr = lambda: list(self.scheduler.base_lrs)
 
     def train_iteration(self, images, labels):
         """One iteration, its terms kept."""
@@ -129,17 +136,19 @@ def replay(case: dict, meta: dict) -> tuple[Recorder, dict[str, np.ndarray]]:
     teacher = filled_model(opts, [old]).eval().requires_grad_(False)
     folded = fold_frozen(teacher)  # what run.py trains with
     model = filled_model(opts, [old, new])
-    if opts.init_balanced:
-        model.init_new_classifier()
     previous = {"model_state": teacher.state_dict(), "trainer_state": {"regularizer": importance(teacher)}}
     method = methods.build(opts, task)
-    method.attach(model, previous if meta["regularizer_state"] else {})
-    trainer = Recorder(opts, task, method, model, folded, torch.device("cpu"), Logger(progress=False))
-    trainer.recorded = []
+    method.attach(model, folded, previous if meta["regularizer_state"] else {})
     count = meta["batches_per_epoch"]
-    loader = [
-        (torch.as_tensor(case[f"in_images_{i}"]), torch.as_tensor(case[f"in_labels_{i}"]).long()) for i in range(count)
-    ]
+    loader = FixedBatches(
+        [
+            (torch.as_tensor(case[f"in_images_{i}"]), torch.as_tensor(case[f"in_labels_{i}"]).long())
+            for i in range(count)
+        ]
+    )
+    method.init_classifier(model, folded, loader, torch.device("cpu"))
+    context = Context(torch.device("cpu"), Logger(progress=False))
+    trainer = Recorder(opts, task, method, model, folded, context, count)
     probe = torch.as_tensor(case["in_probe"]).double()
     out = {"out_probe_logits_before": probe_logits(trainer, probe)}
     method.begin_step(loader, folded, torch.device("cpu"))

@@ -19,11 +19,13 @@ import argparser
 import methods
 import run
 import segmentation_module
+from dataset.sampler import FixedBatches
 from dataset.tasks import Task
 from modules.deeplab import DeeplabV3, xavier_
 from modules.residual import ResidualBlock, Stage
 from modules.resnet import DILATIONS, ResNet, Stem
 from train import Trainer
+from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 
 #: Channels of the features; 20 groups, LSKD's preset, leave two of them over.
@@ -43,6 +45,7 @@ class ThinResNet(nn.Module):
     """The body with one block a stage and 8 or 12 channels."""
 
     out_channels = 12
+    slope = ResNet.slope
     forward = ResNet.forward
 
     def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
@@ -139,19 +142,16 @@ class Step:
             for classifier in self.teacher.cls:
                 classifier.weight *= SURE
         self.method = methods.build(self.opts, self.task)
-        self.method.attach(self.model, {})
+        self.method.attach(self.model, self.teacher)
 
-    def trainer(self) -> Trainer:
-        """The trainer, schedule of ten iterations."""
-        trainer = Trainer(
-            self.opts, self.task, self.method, self.model, self.teacher, torch.device("cpu"), Logger(progress=False)
-        )
-        trainer.start(10)
-        return trainer
+    def trainer(self, iterations: int = 10) -> Trainer:
+        """The trainer, with so many iterations an epoch."""
+        context = Context(torch.device("cpu"), Logger(progress=False), save_minutes=self.opts.ckpt_minutes)
+        return Trainer(self.opts, self.task, self.method, self.model, self.teacher, context, iterations)
 
     def begin(self, images: Tensor, labels: Tensor) -> None:
         """Statistics over one batch."""
-        self.method.begin_step([(images, labels)], self.teacher, torch.device("cpu"))
+        self.method.begin_step(FixedBatches([(images, labels)]), self.teacher, torch.device("cpu"))
 
     def batch(self, images: Tensor, labels: Tensor):
         """The batch with teacher and student."""

@@ -1,13 +1,13 @@
-"""The boundary between losses and network: gradients at the taps are taken once, and used twice.
+"""Taps that are detached from the network, so that the gradient of each loss at the taps is computed once and used twice.
 
-RGE measures mean(∂ℓ_i/∂W_i) of every term, and the optimiser wants the gradient of Σ λ_i ℓ_i. Both lead from the losses back to the
-taps first. So the losses look at leaves with the values of the taps; each loss is differentiated with respect to them once, its graph
-is not needed again, and what enters the network are the taps' gradients:
+RGE measures mean(∂ℓ_i/∂W_i) of every term, and the optimiser needs the gradient of Σ λ_i ℓ_i. Both backward passes begin with the
+gradients at the taps. So the losses are computed from detached copies of the taps. Each loss is differentiated with respect to these
+copies once, and the backward passes through the network start from the resulting gradients:
 
-    boundary = DetachedTaps(taps)
-    slopes = [boundary.slopes(loss) for loss in losses_of(boundary.taps)]       # ∂ℓ_i/∂taps
-    mean_gradient(slopes[0], W)                                                 # from the taps back to W, and no further
-    weighted_sum(value, slopes, weights).backward()                             # once through the network, for all
+    detached = DetachedTaps(taps)
+    gradients = [detached.gradients(loss) for loss in losses_of(detached.taps)]   # ∂ℓ_i/∂taps
+    mean_gradient(gradients[0], W)                                                # from the taps back to W, and no further
+    weighted_sum(value, gradients, weights).backward()                            # once through the network, for all losses
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from utils.types import Taps
 TapGradients = dict[Tensor, Tensor]
 
 
+#: Fields of `Taps` that are one tensor.
+_WHOLE = ("logits", "logits_small", "body", "pre_logits")
+
+
 class DetachedTaps:
     """Leaves in the place of a forward pass's taps.
 
@@ -32,15 +36,17 @@ class DetachedTaps:
         taps: of the student; None leaves the losses connected with the network, each is then differentiated all the way.
 
     Attributes:
-        taps: what the losses are to look at; a tap without gradient stays what it is.
+        taps: what the losses are computed from; a tap that needs no gradient is not detached.
     """
 
     def __init__(self, taps: Taps | None = None) -> None:
         self._origin: dict[Tensor, Tensor] = {}
         self.taps = None
         if taps is not None:
-            leaves = {tap: self._leaf(tap) for tap in {*taps[:-1], *taps.attentions}}  # logits may be logits_small
-            self.taps = Taps(*(leaves[tap] for tap in taps[:-1]), tuple(leaves[tap] for tap in taps.attentions))
+            every = {*(getattr(taps, name) for name in _WHOLE), *taps.attentions}  # logits may be logits_small
+            leaves = {tap: self._leaf(tap) for tap in every}
+            whole = {name: leaves[getattr(taps, name)] for name in _WHOLE}
+            self.taps = taps._replace(**whole, attentions=tuple(leaves[tap] for tap in taps.attentions))
 
     def _leaf(self, tap: Tensor) -> Tensor:
         if not tap.requires_grad:
@@ -49,7 +55,7 @@ class DetachedTaps:
         self._origin[leaf] = tap
         return leaf
 
-    def slopes(self, loss: Tensor) -> TapGradients:
+    def gradients(self, loss: Tensor) -> TapGradients:
         """Gradients of a loss with respect to the taps and to the parameters that it reads.
 
         Args:
@@ -61,8 +67,8 @@ class DetachedTaps:
         leaves = _leaves(loss)
         if not leaves:
             return {}
-        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        return {self._origin.get(leaf, leaf): slope for leaf, slope in zip(leaves, gradients) if slope is not None}
+        found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        return {self._origin.get(leaf, leaf): value for leaf, value in zip(leaves, found) if value is not None}
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -80,21 +86,21 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def mean_gradient(slopes: TapGradients, watched: nn.Parameter) -> Tensor:
+def mean_gradient(gradients: TapGradients, watched: nn.Parameter) -> Tensor:
     """mean(∂ℓ/∂W): from the taps back to W; the pass computes no other parameter's gradient.
 
     Args:
-        slopes: of ℓ.
+        gradients: of ℓ.
         watched: W.
 
     Returns:
         Scalar; 0 where ℓ does not depend on W, or W takes no gradient (--freeze, --fix_bn).
     """
-    gradient = slopes.get(watched)
-    taps = [tensor for tensor in slopes if not tensor.is_leaf]
+    gradient = gradients.get(watched)
+    taps = [tensor for tensor in gradients if not tensor.is_leaf]
     if watched.requires_grad and taps:
         (through,) = torch.autograd.grad(
-            taps, watched, [slopes[tap] for tap in taps], retain_graph=True, allow_unused=True
+            taps, watched, [gradients[tap] for tap in taps], retain_graph=True, allow_unused=True
         )
         gradient = through if gradient is None or through is None else gradient + through
     if gradient is None:
@@ -103,36 +109,38 @@ def mean_gradient(slopes: TapGradients, watched: nn.Parameter) -> Tensor:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """A number, and the gradients that are known already."""
+    """A number whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, slopes: Sequence[TapGradients], weights: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.slopes, ctx.weights, ctx.tensors = slopes, weights, tensors
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[TapGradients], weights: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.weights, ctx.tensors = gradients, weights, tensors
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total: dict[Tensor, Tensor] = {}
-        for slopes, weight in zip(ctx.slopes, (grad * ctx.weights).unbind()):
-            while slopes:  # taken out one by one: they are as large as the taps, and this is where memory is scarce
-                tensor, slope = slopes.popitem()
-                part = weight * slope
+        for gradients, weight in zip(ctx.gradients, (grad * ctx.weights).unbind()):
+            while gradients:  # taken out one by one: they are as large as the taps, and this is where memory is scarce
+                tensor, gradient = gradients.popitem()
+                part = weight * gradient
                 total[tensor] = total[tensor].add_(part) if tensor in total else part
         tensors, ctx.tensors = ctx.tensors, ()
         return None, None, None, *(total[tensor] for tensor in tensors)
 
 
-def weighted_sum(value: Tensor, slopes: Sequence[TapGradients], weights: Tensor) -> Tensor:
-    """Σ w_i ℓ_i, whose backward pass starts at the taps; it can run once, and uses the slopes up.
+def weighted_sum(value: Tensor, gradients: Sequence[TapGradients], weights: Tensor) -> Tensor:
+    """Σ w_i ℓ_i, whose backward pass starts at the taps; it can run once, and empties the gradients.
 
     Args:
         value: scalar, the sum itself.
-        slopes: of every ℓ_i.
+        gradients: of every ℓ_i.
         weights: (n,) w_i.
 
     Returns:
         Scalar.
     """
-    tensors = {tensor: None for one in slopes for tensor in one}  # a dict keeps their order
-    return _WeightedSum.apply(value, slopes, weights, *tensors)
+    tensors = {tensor: None for one in gradients for tensor in one}  # a dict keeps their order
+    return _WeightedSum.apply(value, gradients, weights, *tensors)

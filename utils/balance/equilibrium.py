@@ -1,6 +1,6 @@
 """How named loss terms become one loss: a plain sum, or LSKD's weights λ balanced by gradients.
 
-taps = balancer.detach_taps(taps)           # what the losses look at
+taps = balancer.detach_taps(taps)   # what the losses are computed from
 ...
 loss = balancer.combine(terms)      # Σ λ_i ℓ_i
 loss.backward()
@@ -11,8 +11,9 @@ balancer.end_epoch()                # λ rescaled to sum to the number of terms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,80 @@ EQUILIBRIUM_FACTOR = 10.0
 DEPTH_RATIO = 1.25
 
 
+class TermSpec(NamedTuple):
+    """A loss term, and how a balancer measures it.
+
+    Attributes:
+        name: the term's name in the dictionary of losses.
+        tap: the tap whose weight W_i measures the term (`SegmentationModel.watched_weights`).
+        group: "A" (what the classifiers see) or "B" (shallow taps); each group is balanced for itself.
+        depth: place in the chain of taps of increasing depth, or None for terms outside it.
+    """
+
+    name: str
+    tap: str = "pre_logits"
+    group: str = "A"
+    depth: int | None = None
+
+
+class Balancer(Protocol):
+    """Turns the named terms of an iteration into one loss."""
+
+    #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
+    needs_partial_backward: bool
+    #: Multiplies the losses while their gradients are measured; float16 would lose small ones without it.
+    gradient_scale: float
+
+    def detach_taps(self, taps: Taps) -> Taps:
+        """The taps that the losses are computed from."""
+        ...
+
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of the terms."""
+        ...
+
+    def after_backward(self) -> None:
+        """Put the gradients of the balancer's own parameters where the optimiser finds them."""
+        ...
+
+    def end_epoch(self) -> None:
+        """Called after every epoch."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The balancer's own parameters, for the optimiser."""
+        ...
+
+    @property
+    def loss_weights(self) -> dict[str, Tensor]:
+        """λ by term, 0-d, for the checkpoint; empty where there is no λ."""
+        ...
+
+    def inherit(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from λ of the previous step."""
+        ...
+
+    def log_values(self) -> dict[str, Tensor]:
+        """0-d tensors to log, by name."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
 class Sum:
     """The loss is the sum of its terms: every method but LSKD."""
 
-    #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
     needs_partial_backward = False
+    gradient_scale = 1.0
 
     def detach_taps(self, taps: Taps) -> Taps:
-        """What the losses are to look at: the taps themselves."""
+        """The taps themselves."""
         return taps
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
@@ -59,50 +126,48 @@ class Sum:
         return []
 
     @property
-    def loss_weights(self) -> Tensor | None:
-        """None: there is no λ."""
-        return None
+    def loss_weights(self) -> dict[str, Tensor]:
+        """Empty: there is no λ."""
+        return {}
 
-    def inherit(self, weights: Tensor | None) -> None:
-        """Nothing to start from λ of the previous step."""
+    def inherit(self, weights: Mapping[str, Tensor]) -> None:
+        """There is no λ to start."""
 
     def log_values(self) -> dict[str, Tensor]:
         """Nothing to log."""
         return {}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
-
-
-@dataclass(frozen=True)
-class BalancedTerm:
-    """One term under gradient equilibrium.
-
-    Attributes:
-        name: the term's name in the dictionary of losses.
-        watched: W_i, the one parameter whose gradient measures the term.
-        group: "A" (what the classifiers see) or "B" (shallow taps); each group is balanced for itself.
-        depth: place in the chain of taps of increasing depth, or None for terms outside it.
-    """
-
-    name: str
-    watched: nn.Parameter
-    group: str
-    depth: int | None = None
 
 
 @dataclass
 class _Measured:
-    """What one iteration measured, averaged over processes: plain vectors over the terms."""
+    """What one iteration measured, averaged over processes: plain vectors over the terms.
+
+    Attributes:
+        losses: ℓ_i.
+        mean_gradients: mean(∂ℓ_i/∂W_i).
+        gradients: G_i, or None before `GradientEquilibrium.after_backward`.
+        ratios: ρ_i, or None before it.
+    """
 
     losses: Tensor
     mean_gradients: Tensor
-    gradients: Tensor = field(init=False)
-    ratios: Tensor = field(init=False)
+    gradients: Tensor | None = None
+    ratios: Tensor | None = None
+
+
+class Coefficients(NamedTuple):
+    """α, β and γ of L̃: exponent of ρ, order of the taps' weights, cross entropy against distillation."""
+
+    alpha: float
+    beta: float
+    gamma: float
 
 
 class GradientEquilibrium:
@@ -118,7 +183,8 @@ class GradientEquilibrium:
 
     Args:
         terms: in the order of λ.
-        alpha, beta, gamma: α, β, γ.
+        watched: W by tap.
+        coefficients: α, β, γ.
         class_ratio: C_new / C_old.
         dtype: of λ.
 
@@ -128,17 +194,23 @@ class GradientEquilibrium:
 
     needs_partial_backward = True
 
-    def __init__(self, terms: Sequence[BalancedTerm], alpha: float, beta: float, gamma: float, class_ratio: float,
-                 dtype: torch.dtype = torch.float32):  # fmt: skip
+    def __init__(
+        self,
+        terms: Sequence[TermSpec],
+        watched: Mapping[str, nn.Parameter],
+        coefficients: Coefficients,
+        class_ratio: float,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.terms = tuple(terms)
         self.names = tuple(term.name for term in self.terms)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.watched = [watched[term.tap] for term in self.terms]
+        self.alpha, self.beta, self.gamma = coefficients
         self.class_ratio = class_ratio
-        device = self.terms[0].watched.device
+        device = self.watched[0].device
         self.weights = nn.Parameter(torch.ones(len(self.terms), dtype=dtype, device=device))
         self.initial_losses = torch.zeros(len(self.terms), dtype=dtype, device=device)
         self.epoch = 0
-        #: Multiplies the losses while their gradients are measured; float16 would lose small ones without it.
         self.gradient_scale = 1.0
         self._group_rows = self._rows_of_groups(device)
         self._depth_pairs = self._pairs_of_depth(device)
@@ -159,7 +231,7 @@ class GradientEquilibrium:
         return torch.tensor([rows[:-1], rows[1:]], dtype=torch.int64, device=device).reshape(2, -1)
 
     def detach_taps(self, taps: Taps) -> Taps:
-        """What the losses are to look at: leaves in the place of the taps, see `utils.balance.detached_taps`."""
+        """Detached copies of the taps, see `utils.balance.detached_taps`."""
         self._detached = DetachedTaps(taps)
         return self._detached.taps
 
@@ -177,18 +249,18 @@ class GradientEquilibrium:
         ordered = [terms[name].reshape(()) for name in self.names]
         ordered += [value.reshape(()) for name, value in terms.items() if name not in self.names]
         balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
-        # Each loss by itself: from a stack of them the way back would lead into the graphs of all
-        slopes = [self._detached.slopes(loss * self.gradient_scale) for loss in ordered]
-        if any(slopes):
-            self._measure(balanced, slopes)
-        self._detached = DetachedTaps()  # lets go of the taps: the logits at full size are needed no more
+        # Each loss by itself: the backward pass of one element of a stack would visit the graphs of all
+        gradients = [self._detached.gradients(loss * self.gradient_scale) for loss in ordered]
+        if any(gradients):
+            self._measure(balanced, gradients)
+        self._detached = DetachedTaps()  # releases the taps: the logits at full size are no longer needed
         weights = self.weights.detach().to(balanced.dtype)
         value = (weights * balanced).sum() + sum(loss.detach() for loss in ordered[len(self.terms) :])
         weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
-        return weighted_sum(value, slopes, weights / self.gradient_scale)
+        return weighted_sum(value, gradients, weights / self.gradient_scale)
 
-    def _measure(self, losses: Tensor, slopes: Sequence[TapGradients]) -> None:
-        means = [mean_gradient(slope, term.watched) for slope, term in zip(slopes, self.terms)]
+    def _measure(self, losses: Tensor, gradients: Sequence[TapGradients]) -> None:
+        means = [mean_gradient(found, weight) for found, weight in zip(gradients, self.watched)]
         packed = torch.stack([losses, torch.stack(means) / self.gradient_scale]).to(self.weights.dtype)  # 2×n
         losses_now, mean_gradients = distributed.mean_(packed).unbind()
         self._measured = _Measured(losses_now, mean_gradients)
@@ -237,7 +309,7 @@ class GradientEquilibrium:
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Rescale λ to sum to the number of terms, and fix L_i(0) after epoch 0."""
-        self.weights *= len(self.terms) / self.weights.sum()
+        self._rescale()
         self.epoch += 1
 
     def parameters(self) -> list[nn.Parameter]:
@@ -245,31 +317,39 @@ class GradientEquilibrium:
         return [self.weights]
 
     @property
-    def loss_weights(self) -> Tensor:
-        """λ, for the checkpoint."""
-        return self.weights.detach()
+    def loss_weights(self) -> dict[str, Tensor]:
+        """λ by term, in their order."""
+        return dict(zip(self.names, self.weights.detach().clone()))
 
     @torch.no_grad()
-    def inherit(self, weights: Tensor | None) -> None:
-        """Start from λ of the previous step, where it balanced as many terms."""
-        if weights is not None and weights.shape == self.weights.shape:
-            self.weights.copy_(weights)
+    def inherit(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from λ of the previous step.
+
+        Args:
+            weights: λ by term. Terms that it does not name start at 1, and λ is then rescaled to sum to the number of terms.
+        """
+        known = [name for name in self.names if name in weights]
+        for name in known:
+            self.weights[self.names.index(name)] = weights[name]
+        if 0 < len(known) < len(self.names):
+            self._rescale()
+
+    def _rescale(self) -> None:
+        self.weights *= len(self.terms) / self.weights.sum()
 
     def log_values(self) -> dict[str, Tensor]:
         """λ_i, G_i, ℓ_i and ρ_i of the last iteration by name, as 0-d tensors."""
         values = {f"lambda/{name}": weight for name, weight in zip(self.names, self.weights.detach().clone())}
-        if self._measured is not None and hasattr(self._measured, "ratios"):
-            for kind, vector in (
-                ("gradient", self._measured.gradients),
-                ("loss", self._measured.losses),
-                ("rho", self._measured.ratios),
-            ):
+        measured = self._measured
+        if measured is not None and measured.gradients is not None and measured.ratios is not None:
+            vectors = {"gradient": measured.gradients, "loss": measured.losses, "rho": measured.ratios}
+            for kind, vector in vectors.items():
                 values |= {f"{kind}/{name}": value for name, value in zip(self.names, vector)}
         return values
 
     def state_dict(self) -> dict:
         """λ, L_i(0), the names they belong to, the epoch, and what the last iteration measured, which is logged at the epoch's end."""
-        measured = self._measured if hasattr(self._measured, "ratios") else None
+        measured = self._measured if self._measured is not None and self._measured.ratios is not None else None
         return {
             "names": list(self.names),
             "weights": self.weights.detach().cpu().clone(),
@@ -287,5 +367,4 @@ class GradientEquilibrium:
         self.epoch = state["epoch"]
         if state["measured"] is not None:
             vectors = {name: value.to(self.initial_losses) for name, value in state["measured"].items()}
-            self._measured = _Measured(vectors["losses"], vectors["mean_gradients"])
-            self._measured.gradients, self._measured.ratios = vectors["gradients"], vectors["ratios"]
+            self._measured = _Measured(**vectors)

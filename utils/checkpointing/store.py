@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -20,6 +22,9 @@ NETWORK_OPTIONS = ("backbone", "norm_act", "output_stride", "cosine", "nb_backgr
 
 #: States of a step under way: the last, the one before it, and the one that is being written.
 STATES = 3
+
+#: Terms of `head.lossweights` in official checkpoints, in its order.
+OFFICIAL_TERMS = ("ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits", "md/logits")
 
 #: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
 LOCK_SECONDS = 1.25
@@ -41,8 +46,6 @@ class Store:
         self.folder = Path(opts.checkpoint)
         #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
         self.damage = ""
-        #: λ of the previous step, once `load_previous` read it, or None.
-        self.inherited: Tensor | None = None
 
     def finished(self, step: int) -> Path:
         """Checkpoint of a finished step."""
@@ -136,7 +139,6 @@ class Store:
         path = self.previous()
         state = read(path)
         self._check(path, state, self.task.step - 1)
-        self.inherited = state["loss_weights"]
         return state
 
     def require_previous(self) -> None:
@@ -204,16 +206,23 @@ class Store:
                     f"give all steps the same --{dest}"
                 )
 
-    def save_finished(self, trainer_state: dict[str, Any], loss_weights: Tensor | None) -> None:
+    def save_finished(
+        self,
+        trainer_state: dict[str, Any],
+        loss_weights: Mapping[str, Tensor],
+        inherited: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the checkpoint of this step: the official dictionary, and beside it keys of this program.
 
         The official keys hold what the official programs write, so that these can test the step, build on it, or load
-        its optimiser. λ is `head.lossweights` only if the step has λ: the official PLOP and MiB refuse that name. A
-        step without λ hands that of the previous step on under the key "loss_weights" of this program.
+        its optimiser. λ is `head.lossweights` only if the step has λ: the official PLOP and MiB refuse that name.
 
         Args:
             trainer_state: of `Trainer.state_dict`.
-            loss_weights: λ of this step, or None for methods without.
+            loss_weights: λ of this step by term, empty for methods without.
+            inherited: λ of the previous step, which a step without λ hands on.
+
+        The key "loss_weights" of this program holds the names beside the values, so that λ is inherited by name.
         """
         parts = dict(trainer_state["method"])
         content = {
@@ -225,11 +234,12 @@ class Store:
             "trainer_state": {"regularizer": parts.pop("regularizer", None)},
             "method_state": parts,
             "history": trainer_state["history"],
+            "iterations": trainer_state["iterations"],
             "options": plain_options(self.opts),
             "task": describe(self.task),
         }
-        if loss_weights is None and self.inherited is not None:
-            content["loss_weights"] = self.inherited
+        if named := loss_weights or inherited:
+            content["loss_weights"] = {"names": list(named), "values": _stacked(named)}
         checkpoint_files.save(self.finished(self.task.step), content)
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         checkpoint_files.discard(self.unfinished(self.task.step))
@@ -307,15 +317,20 @@ class Store:
             )
 
 
-def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Tensor | None) -> dict[str, Tensor]:
+def _stacked(weights: Mapping[str, Tensor]) -> Tensor:
+    """(n,) λ as a checkpoint stores it."""
+    return torch.stack([weight.detach().cpu().float() for weight in weights.values()])
+
+
+def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the network with λ, if there is one, in its official place: before the other weights of the head."""
-    if loss_weights is None:
+    if not loss_weights:
         return model_state
     name, ordered = checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS, {}
     module = name.rpartition(".")[0]
     for key, value in model_state.items():
         if key.startswith(f"{module}.") and name not in ordered:
-            ordered[name] = loss_weights.detach().cpu().float()
+            ordered[name] = _stacked(loss_weights)
         ordered[key] = value
     assert name in ordered, f"the network has no {module}"
     return ordered
@@ -348,9 +363,9 @@ def read(path: Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its dictionary; "model_state" without the wrapper's prefix and without λ, which is under "loss_weights" (or
-        None there) whether it is of this step, `head.lossweights`, or handed on; the path under "file". Earlier versions
-        of this program wrote `head.lossweights` for every step, ones where there was no λ, which is where λ starts.
+        Its dictionary; "model_state" without the wrapper's prefix and without λ; under "loss_weights" λ by term, of this
+        step or handed on, empty where there is none; the path under "file". Earlier versions of this program wrote
+        `head.lossweights` for every step, ones where there was no λ, which is where λ starts.
 
     Raises:
         ValueError: missing, damaged, without "model_state", or with a λ that is not finite.
@@ -363,16 +378,35 @@ def read(path: Path) -> dict[str, Any]:
         )
     _check_header(path, state)
     model_state = checkpoint_files.without_prefix(state["model_state"])
-    loss_weights = model_state.pop(checkpoint_files.LOSS_WEIGHTS, state.get("loss_weights"))
-    if loss_weights is not None and not (isinstance(loss_weights, Tensor) and bool(loss_weights.isfinite().all())):
-        raise ValueError(
-            f"{path} has a λ (head.lossweights or loss_weights) that is not a tensor of finite numbers; train that step "
-            "again, or name another file with --step_ckpt"
-        )
-    state["loss_weights"] = loss_weights
+    state["loss_weights"] = _named_loss_weights(
+        path, model_state.pop(checkpoint_files.LOSS_WEIGHTS, None), state.get("loss_weights")
+    )
     state["model_state"] = model_state
     state["file"] = str(path)
     return state
+
+
+def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor]:
+    """λ by term: of this program's key, or of `head.lossweights`, whose nine official values have the official order.
+
+    Raises:
+        ValueError: neither a tensor of finite numbers nor names for its values.
+    """
+    names, values = OFFICIAL_TERMS, official
+    if isinstance(own, dict):
+        names, values = own.get("names"), own.get("values")
+    elif own is not None:
+        values = own
+    if values is None:
+        return {}
+    finite = isinstance(values, Tensor) and values.dim() == 1 and bool(values.isfinite().all())
+    named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not finite or not named or len(names) != len(values):
+        raise ValueError(
+            f"{path} has a λ (head.lossweights or loss_weights) that is not a tensor of finite numbers, one for each of "
+            f"its terms ({len(OFFICIAL_TERMS)} in official files); train that step again, or name another file with --step_ckpt"
+        )
+    return dict(zip(names, values))
 
 
 def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
@@ -383,6 +417,7 @@ def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         json.dumps([described, options, history])
         known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
         counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
+        counted = counted and isinstance(state.get("iterations", 0), int)
         plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
         # the results take the date into their file name: it must not lead out of their folder
         plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))

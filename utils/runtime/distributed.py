@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -169,6 +169,25 @@ def mean_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Give the main process's values of tensors to all processes, in place; tensors of one type travel in one message."""
+    if not active():
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for same in by_type.values():
+        joined = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.broadcast(joined, src=0)
+        for tensor, values in zip(same, joined.split([tensor.numel() for tensor in same])):
+            tensor.detach().copy_(values.view_as(tensor))
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Give the main process's parameters and buffers of a module to all processes."""
+    broadcast_([*module.parameters(), *module.buffers()])
+
+
 def any_true(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process: how all of them agree to stop together."""
     if not active():
@@ -187,33 +206,35 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_main(action: Callable[[], Any]) -> Any:
+def on_main(action: Callable[[], Any], local: bool = False) -> Any:
     """Run an action on the main process and hand its result, or its error, to all of them.
 
     Without this a user's error found by one process (a checkpoint that cannot be written, say) would leave the others waiting.
 
     Args:
-        action: called without arguments on rank 0; what it returns must be picklable.
+        action: called without arguments on rank 0.
+        local: keep the result on rank 0, for one that cannot be pickled, such as a lock.
 
     Returns:
-        What the action returned on rank 0.
+        What the action returned on rank 0; None on the others if `local`.
 
     Raises:
         SharedError: with the text of the main process's ValueError or OSError.
     """
-    outcome: list[Any] = [None, None]
+    result, fault = None, None
     if is_main():
         try:
-            outcome = [action(), None]
+            result = action()
         except (ValueError, OSError) as error:
             if not active():
                 raise
-            outcome = [None, str(error)]
+            fault = str(error)
+    outcome: list[Any] = [None if local else result, fault]
     if active():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise SharedError(outcome[1])
-    return outcome[0]
+    return result if is_main() else outcome[0]
 
 
 def run_on_all(action: Callable[[], Any]) -> Any:

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -59,26 +58,6 @@ class StopRequest:
         elif "LOCAL_WORLD_SIZE" not in os.environ or now - self._received_at > FORWARDING_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-
-
-class Interruptible:
-    """A loader whose passes end early, after at least one batch, once a stop is asked for.
-
-    Args:
-        loader: what is iterated.
-        stop: the process's stop request.
-    """
-
-    def __init__(self, loader: Iterable, stop: StopRequest):
-        self.loader = loader
-        self.dataset = getattr(loader, "dataset", None)
-        self.stop = stop
-
-    def __iter__(self) -> Iterator:
-        for batch in self.loader:
-            yield batch
-            if self.stop.signum:
-                return
 
 
 def outlive_stop_signals(worker: int) -> None:

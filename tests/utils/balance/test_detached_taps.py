@@ -52,7 +52,7 @@ def test_weighted_sum_has_the_gradients_of_the_whole_graph(network, image):
     expected = sum(w * term for w, term in zip(WEIGHTS, terms_of(network(image), network)))
     slopes = torch.autograd.grad(expected, list(network.parameters()))
     boundary = DetachedTaps(network(image))
-    found = [boundary.slopes(term) for term in terms_of(boundary.taps, network)]
+    found = [boundary.gradients(term) for term in terms_of(boundary.taps, network)]
     assert found[3] == {}
     total = weighted_sum(expected.detach(), found, WEIGHTS)
     assert total == expected
@@ -72,7 +72,7 @@ def test_mean_gradient_is_that_of_the_whole_graph(network, image, cut):
         for term, part in zip(whole, parts):
             (expected,) = torch.autograd.grad(term, w, retain_graph=True, allow_unused=True)
             expected = torch.zeros((), dtype=torch.float64) if expected is None else expected.mean()
-            torch.testing.assert_close(mean_gradient(boundary.slopes(part), w), expected)
+            torch.testing.assert_close(mean_gradient(boundary.gradients(part), w), expected)
 
 
 def test_equal_taps_stay_equal_and_frozen_ones_stay(network, image):
@@ -87,13 +87,13 @@ def test_equal_taps_stay_equal_and_frozen_ones_stay(network, image):
 def test_a_frozen_parameter_has_mean_gradient_zero(network, image):
     boundary = DetachedTaps(network(image))
     network.layers[5].requires_grad_(False)
-    assert mean_gradient(boundary.slopes(boundary.taps.logits.mean()), network.layers[5].weight) == 0
+    assert mean_gradient(boundary.gradients(boundary.taps.logits.mean()), network.layers[5].weight) == 0
 
 
 def test_slopes_are_used_up(network, image):
     """They are as large as the taps: nothing may hold them while the network's backward pass needs the memory."""
     boundary = DetachedTaps(network(image))
-    slopes = [boundary.slopes(boundary.taps.logits.mean())]
+    slopes = [boundary.gradients(boundary.taps.logits.mean())]
     weighted_sum(torch.zeros((), dtype=torch.float64), slopes, torch.ones(1, dtype=torch.float64)).backward()
     assert slopes == [{}]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.support import thin
-from utils.balance.equilibrium import BalancedTerm, GradientEquilibrium, Sum
+from utils.balance.equilibrium import Coefficients, GradientEquilibrium, Sum, TermSpec
 
 #: LSKD's nine terms: name, number of the watched parameter, group, depth.
 OFFICIAL = [
@@ -23,9 +23,11 @@ def parameters(count=5, seed=0):
 
 
 def balancer(rows, watched, **changed):
-    terms = [BalancedTerm(name, watched[number], group, depth) for name, number, group, depth in rows]
-    settings = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "class_ratio": RATIO, "dtype": watched[0].dtype}
-    return GradientEquilibrium(terms, **{**settings, **changed})
+    terms = [TermSpec(name, str(number), group, depth) for name, number, group, depth in rows]
+    taps = {str(number): weight for number, weight in enumerate(watched)}
+    settings = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "class_ratio": RATIO, "dtype": watched[0].dtype} | changed
+    coefficients = Coefficients(settings["alpha"], settings["beta"], settings["gamma"])
+    return GradientEquilibrium(terms, taps, coefficients, settings["class_ratio"], settings["dtype"])
 
 
 def losses(rows, watched, seed):
@@ -145,7 +147,7 @@ def test_weights_are_rescaled_to_their_number_after_every_epoch():
     rge = balancer(THREE, parameters())
     rge.weights.data = torch.tensor([1.0, 2.0, 7.0], dtype=torch.float64)
     rge.end_epoch()
-    torch.testing.assert_close(rge.loss_weights, torch.tensor([0.3, 0.6, 2.1], dtype=torch.float64))
+    torch.testing.assert_close(rge.weights.detach(), torch.tensor([0.3, 0.6, 2.1], dtype=torch.float64))
     assert rge.epoch == 1
 
 
@@ -211,16 +213,31 @@ def test_state_is_carried_over_a_resume():
     assert second.epoch == 1 and torch.equal(first.initial_losses, second.initial_losses)
 
 
-def test_weights_of_the_previous_step_are_inherited_where_their_number_fits():
+def test_weights_of_the_previous_step_are_inherited_by_name():
     rge = balancer(THREE, parameters())
-    rge.inherit(torch.tensor([0.5, 1.0, 1.5]))
-    assert rge.loss_weights.tolist() == [0.5, 1.0, 1.5]
-    rge.inherit(torch.ones(9))
-    rge.inherit(None)
-    assert rge.loss_weights.tolist() == [0.5, 1.0, 1.5]
+    rge.inherit(
+        {"kd": torch.tensor(1.0), "pod/stage1": torch.tensor(1.5), "ce": torch.tensor(0.5), "mcd": torch.tensor(7.0)}
+    )
+    assert rge.weights.tolist() == [0.5, 1.0, 1.5]
+    rge.inherit({})
+    assert rge.weights.tolist() == [0.5, 1.0, 1.5]
+    assert {name: float(weight) for name, weight in rge.loss_weights.items()} == {
+        "ce": 0.5,
+        "kd": 1.0,
+        "pod/stage1": 1.5,
+    }
+
+
+def test_terms_without_inherited_weight_start_at_one_and_all_sum_to_their_number():
+    rge = balancer(THREE, parameters())
+    rge.inherit({"kd": torch.tensor(4.0)})
+    assert rge.weights.tolist() == [0.5, 2.0, 0.5]
+
+
+def test_a_plain_sum_has_no_weights():
     plain = Sum()
-    plain.inherit(torch.ones(9))
-    assert plain.loss_weights is None
+    plain.inherit({"ce": torch.ones(())})
+    assert plain.loss_weights == {}
 
 
 def test_sum_is_the_sum():

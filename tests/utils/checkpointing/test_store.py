@@ -18,7 +18,7 @@ from utils.runtime.signals import outlive_stop_signals
 #: What `Trainer.state_dict` returns, as far as the store looks at it.
 STATE = {"model": {"body.w": torch.ones(2), "head.w": torch.ones(1), "cls.w": torch.ones(1)}, "optimizer": {},
          "scheduler": {"last_epoch": 6}, "position": [3, 0, 3, 0], "best_score": 0.5, "method": {"regularizer": {}, "other": {}},
-         "history": []}  # fmt: skip
+         "history": [], "iterations": 6}  # fmt: skip
 
 
 def make(folder, step=0, text="", task="6-2"):
@@ -57,7 +57,7 @@ def test_step_ckpt_is_for_the_first_step_of_the_command(tmp_path):
 def test_finished_checkpoint_has_the_official_keys(tmp_path):
     mine = make(tmp_path)
     mine.save_unfinished(STATE)
-    mine.save_finished(STATE, None)
+    mine.save_finished(STATE, {})
     state = checkpoint_files.load(mine.finished(0))
     assert {"epoch", "model_state", "optimizer_state", "scheduler_state", "best_score", "trainer_state"} <= set(state)
     assert (
@@ -70,29 +70,29 @@ def test_finished_checkpoint_has_the_official_keys(tmp_path):
     assert not mine.unfinished(0).exists()
 
 
+NAMED = {"ce": torch.tensor(0.5), "kd": torch.tensor(1.5)}
+
+
 def test_the_next_step_reads_it(tmp_path):
-    make(tmp_path).save_finished(STATE, torch.arange(9.0))
+    make(tmp_path).save_finished(STATE, NAMED, {"ce": torch.tensor(7.0)})
     written = checkpoint_files.load(make(tmp_path).finished(0))
     assert list(written["model_state"])[1:3] == ["module.head.lossweights", "module.head.w"]
-    assert "loss_weights" not in written
+    assert torch.equal(written["model_state"]["module.head.lossweights"], torch.tensor([0.5, 1.5]))
     state = make(tmp_path, 1).load_previous()
     assert list(state["model_state"]) == ["body.w", "head.w", "cls.w"]
-    assert torch.equal(state["loss_weights"], torch.arange(9.0))
+    assert state["loss_weights"] == NAMED
 
 
 def test_a_step_without_lambda_hands_it_on(tmp_path):
-    make(tmp_path).save_finished(STATE, torch.arange(9.0))
-    second = make(tmp_path, 1)
-    second.load_previous()
-    second.save_finished(STATE, None)
-    assert "module.head.lossweights" not in checkpoint_files.load(second.finished(1))["model_state"]
-    assert torch.equal(make(tmp_path, 2).load_previous()["loss_weights"], torch.arange(9.0))
+    make(tmp_path).save_finished(STATE, {}, NAMED)
+    assert "module.head.lossweights" not in checkpoint_files.load(make(tmp_path).finished(0))["model_state"]
+    assert make(tmp_path, 1).load_previous()["loss_weights"] == NAMED
 
 
 def test_official_checkpoints_are_taken(tmp_path):
     mine = make(tmp_path, 1)
     torch.save({"epoch": 1, "model_state": {"module.body.w": torch.ones(2)}, "trainer_state": None}, mine.previous())
-    assert mine.load_previous()["loss_weights"] is None
+    assert mine.load_previous()["loss_weights"] == {}
 
 
 def test_a_missing_previous_step_says_what_to_do(tmp_path):
@@ -113,7 +113,7 @@ def test_a_missing_previous_step_says_what_to_do(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, step, other, expected):
-    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path).save_finished(STATE, {})
     text = refusal(make(tmp_path, step, f"{other} --step_ckpt '{tmp_path}/6-2-shapes_n_0.pth'").load_previous)
     assert expected in text and "6-2-shapes_n_0.pth" in text
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, step, other, expected
 def test_a_norm_that_reads_the_weights_alike_is_taken(tmp_path, norms):
     """Such as one that synchronises them; the official files, which name no norm, are taken with every one."""
     for trained in norms:
-        make(tmp_path, 0, f"--norm_act {trained}").save_finished(STATE, None)
+        make(tmp_path, 0, f"--norm_act {trained}").save_finished(STATE, {})
         for norm in norms:
             text = f"--norm_act {norm} --step_ckpt '{tmp_path}/6-2-shapes_n_0.pth'"
             assert make(tmp_path, 1, text).load_previous()["options"]["norm_act"] == trained
@@ -133,11 +133,11 @@ def test_a_norm_that_reads_the_weights_alike_is_taken(tmp_path, norms):
 
 def test_another_fusion_of_background_modes_is_refused(tmp_path):
     """It has no weights, but the same weights give other logits; with one mode there is nothing to fuse."""
-    make(tmp_path, 0, "--nb_background_modes 2 --multimodal_fusion max").save_finished(STATE, None)
+    make(tmp_path, 0, "--nb_background_modes 2 --multimodal_fusion max").save_finished(STATE, {})
     assert "--multimodal_fusion max, this run has sum" in refusal(
         make(tmp_path, 1, "--nb_background_modes 2").load_previous
     )
-    make(tmp_path, 0, "--multimodal_fusion max").save_finished(STATE, None)
+    make(tmp_path, 0, "--multimodal_fusion max").save_finished(STATE, {})
     make(tmp_path, 1).load_previous()
 
 
@@ -147,12 +147,12 @@ def test_base_weights_need_step_0_before_anything_is_trained(tmp_path):
     said = refusal(make(tmp_path, 1, f"{text} 1 2").require_previous)
     assert "--base_weights" in said and "6-2-shapes_n_0.pth does not exist; train --step 0" in said
     make(tmp_path, 1, f"{text} 1").require_previous()  # step 1 starts from step 0 anyway
-    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path).save_finished(STATE, {})
     make(tmp_path, 1, f"{text} 1 2").require_previous()
 
 
 def test_another_overlap_setting_is_refused(tmp_path):
-    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path).save_finished(STATE, {})
     disjoint = make(tmp_path, 1)
     disjoint.opts.overlap = False
     assert "--overlap True, this run has False; give all steps the same --overlap" in refusal(disjoint.load_previous)
@@ -161,7 +161,7 @@ def test_another_overlap_setting_is_refused(tmp_path):
 
 
 def test_another_order_of_classes_is_refused(tmp_path):
-    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path).save_finished(STATE, {})
     (tmp_path / "order.json").write_text('{"name": "6-2b", "steps": [[0, 2, 1, 3, 4, 5, 6], [7, 8], [9, 10]]}')
     text = f"--task_file '{tmp_path}/order.json' --step_ckpt '{tmp_path}/6-2-shapes_n_0.pth'"
     opts = thin.options(f"--checkpoint '{tmp_path}' --step 1 {text}")
@@ -222,7 +222,7 @@ def test_a_step_begun_anew_hides_older_states(tmp_path):
 
 def test_a_damaged_state_is_refused(tmp_path):
     mine = make(tmp_path)
-    mine.save_finished(STATE, None)
+    mine.save_finished(STATE, {})
     os.replace(mine.finished(0), mine.unfinished(0))
     assert "not the state of an interrupted run" in refusal(mine.load_unfinished)
     mine.unfinished(0).write_bytes(b"PK")
@@ -230,7 +230,7 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 
 def test_a_finished_step_of_other_options_is_not_taken_for_this_one(tmp_path):
-    make(tmp_path).save_finished(STATE, None)
+    make(tmp_path).save_finished(STATE, {})
     assert make(tmp_path).check_finished()["epoch"] == 2
     assert "epochs was 1, is 2" in refusal(make(tmp_path, 0, "--epochs 2").check_finished)
 

@@ -12,6 +12,8 @@ import dataset
 import methods
 import run
 import segmentation_module
+from dataset.sampler import FixedBatches
+from dataset.step_data import StepData
 from dataset.tasks import Task
 from methods.regularizer import REGULARIZERS, normalised
 from modules.classifier import CosineClassifier
@@ -26,7 +28,6 @@ from utils.checkpointing.store import Store
 from utils.options import flags
 from utils.reporting.logger import Logger
 from utils.runtime import amp
-from utils.runtime.signals import StopRequest
 
 #: Flags → the function that checks them.
 CHECKS = {}
@@ -132,7 +133,7 @@ def test_regularizer():
             name: 1 + torch.arange(p.numel()).double().view(p.shape) for name, p in step.teacher.named_parameters()
         }
         state = {"model_state": step.teacher.state_dict(), "trainer_state": {"regularizer": {"fisher": importance}}}
-        step.method.attach(step.model, state)
+        step.method.attach(step.model, None, state)
         for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         step.method.after_backward(step.model)
@@ -194,19 +195,16 @@ def test_validation():
 def test_loaders():
     def loaders(words):
         opts = run.argparser.parse(thin.words(Path(), f"--task 6-2 --shapes_train 40 {words}"))
-        step = run.StepRun(opts, dataset.load_task(opts, 0), torch.device("cpu"), StopRequest())
-        step.test_only = True
-        step._build_data()
-        return step
+        return StepData(opts, dataset.load_task(opts, 0), torch.device("cpu"))
 
     usual = loaders("")
     changed = loaders("--crop_size 48 --batch_size 5 --num_workers 1 --crop_val")
-    assert [step.train_loader.batch_size for step in (usual, changed)] == [2, 5]
-    assert [step.train_loader.num_workers for step in (usual, changed)] == [0, 1]
-    assert [step.splits.train[0][0].shape[-1] for step in (usual, changed)] == [32, 48]
-    assert [step.test_loader.batch_size for step in (usual, changed)] == [2, 1]  # full images come one by one
-    assert type(usual.splits.test.transform) is not type(changed.splits.test.transform)
-    assert loaders("--task 6-4").task.steps == (tuple(range(7)), (7, 8, 9, 10))
+    assert [data.batches.loader.batch_size for data in (usual, changed)] == [2, 5]
+    assert [data.batches.loader.num_workers for data in (usual, changed)] == [0, 1]
+    assert [data.batches.data[0][0].shape[-1] for data in (usual, changed)] == [32, 48]
+    assert [data.test_loader.batch_size for data in (usual, changed)] == [2, 1]  # full images come one by one
+    assert type(usual.test_loader.dataset.transform) is not type(changed.test_loader.dataset.transform)
+    assert len(loaders("--task 6-4").class_names) == 7
 
 
 # --------------------------------------------------------------------- optimisation
@@ -253,7 +251,7 @@ def test_frozen():
     assert all(p.requires_grad for p in student.head.parameters())
     step = thin.Step("--fix_bn")
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
-    step.trainer().train_epoch([(thin.images(2), thin.bands(0, 4))])
+    step.trainer().train_epoch(FixedBatches([(thin.images(2), thin.bands(0, 4))]))
     norms = {name for name, module in step.model.named_modules() if isinstance(module, ABN)}
     for name, value in step.model.state_dict().items():
         assert torch.equal(value, before[name]) == (name.rpartition(".")[0] in norms), name
@@ -302,7 +300,9 @@ def student(words, step=1, previous=None):
     task = dataset.load_task(opts, step)
     classes = task.at(step - 1).classes_per_step
     state = thin.network(opts, classes, seed=5).state_dict() if previous is None else previous
-    return segmentation_module.build_student(opts, task, {"model_state": state}, pretrained=False)
+    model = segmentation_module.build_student(opts, task, {"model_state": state}, pretrained=False)
+    run.methods.build(opts, task).init_classifier(model, None, FixedBatches([]), torch.device("cpu"))
+    return model
 
 
 @shows("init_balanced")
@@ -332,7 +332,8 @@ def test_modes():
     step = thin.Step("--nb_background_modes 3 --init_multimodal max")
     with torch.no_grad():
         step.model.cls[0].bias.copy_(torch.tensor([-99.0, 99.0, -99.0]))
-    step.begin(thin.images(2), thin.bands(0, 4, 5))
+    batches = FixedBatches([(thin.images(2), thin.bands(0, 4, 5))])
+    step.method.init_classifier(step.model, step.teacher, batches, torch.device("cpu"))
     assert torch.equal(step.model.cls[-1].weight, step.model.cls[0].weight[1:2].expand(2, -1, -1, -1))
 
 
@@ -341,7 +342,8 @@ def test_alignment():
     def ratio(words, hook):
         """Mean norm of the new weights over that of the old and of the background's."""
         step = thin.Step(words)
-        getattr(step.method, hook)(step.model, *([0] if hook == "end_epoch" else []))
+        rest = [0] if hook == "end_epoch" else [FixedBatches([]), torch.device("cpu")]
+        getattr(step.method, hook)(step.model, *rest)
         norms = [classifier.weight.flatten(1).norm(dim=1) for classifier in step.model.cls]
         old = torch.cat([norms[0][1:], norms[1]])
         return [round((norms[2].mean() / reference).item(), 5) for reference in (old.mean(), norms[0][0])]

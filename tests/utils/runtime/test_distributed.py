@@ -22,7 +22,7 @@ import train
 from dataset.sampler import EpochSampler, PartSampler
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
-from utils.runtime import distributed
+from utils.runtime import distributed, errors
 
 #: An odd number of validation images, and a norm whose statistics are those of all processes.
 COMMON = "--task 6-2 --norm_act iabn_sync --shapes_train 16 --shapes_val 5 "
@@ -90,15 +90,13 @@ def record(patch, notes):
         notes["iterations"].append(values)
         return values
 
-    def tested(self):
-        thresholds = [
-            part.thresholds for part in self.trainer.method.parts if getattr(part, "thresholds", None) is not None
-        ]
+    def tested(self, trainer, *more):
+        thresholds = [part.thresholds for part in trainer.method.parts if getattr(part, "thresholds", None) is not None]
         notes["thresholds"] = [values.tolist() for values in thresholds]
-        weights = self.trainer.balancer.loss_weights
-        notes["lambda"] = None if weights is None else weights.tolist()
-        notes["digest"] = checkpoint_files.digest(self.trainer.network.state_dict())
-        test(self)
+        weights = trainer.balancer.loss_weights
+        notes["lambda"] = [float(weight) for weight in weights.values()] or None
+        notes["digest"] = checkpoint_files.digest(trainer.network.state_dict())
+        test(self, trainer, *more)
 
     patch.setattr(train.Trainer, "train_iteration", train_iteration)
     patch.setattr(run.StepRun, "_test", tested)
@@ -288,7 +286,7 @@ def test_a_stop_request_of_one_is_one_of_all(ended):
 
 
 def test_an_error_of_one_ends_the_others(ended):
-    assert codes(ended, "unreadable") == [run.PEER_LOST, 2]
+    assert codes(ended, "unreadable") == [errors.PEER_LOST, 2]
     first, second = said(ended, "unreadable")
     assert second == "error: image b.png cannot be read\n"
     assert first.startswith("error: process 0 ends because another process is gone") and first.count("\n") == 1

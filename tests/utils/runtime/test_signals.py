@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dataset import sampler
+from dataset.sampler import FixedBatches, Interruptible
 from utils.runtime import memory, signals
-from utils.runtime.signals import Interruptible, Stopped, StopRequest, outlive_stop_signals
+from utils.runtime.signals import Stopped, StopRequest, outlive_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_a_signal_that_a_launcher_hands_on_is_the_same_request(monkeypatch):
 
 def test_a_pass_ends_early_but_not_empty():
     stop = StopRequest()
-    loader = Interruptible([1, 2, 3], stop)
+    loader = Interruptible(FixedBatches([1, 2, 3]), stop)
     assert list(loader) == list(loader) == [1, 2, 3]
     stop.signum = signal.SIGTERM
     assert list(loader) == [1]

@@ -1,0 +1,67 @@
+"""Data sets and loaders of one step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import torch
+
+import dataset
+from dataset.base import JoinedSet, SegmentationSet
+from dataset.sampler import EpochSampler, LoadedBatches, PartSampler, make_loader
+from dataset.tasks import Task
+from utils.runtime import distributed
+
+#: Given a function that makes a data set of training images by their indices, the data sets of a replay memory.
+Replay = Callable[[Callable[[Sequence[int]], SegmentationSet]], list[SegmentationSet]]
+
+
+def require_batches(images: int, opts: Namespace, task: Task) -> None:
+    """Refuse a step whose training images do not fill one batch."""
+    world = distributed.world_size()
+    if images < opts.batch_size * world and not opts.test:
+        raise ValueError(
+            f"step {task.step} of {task.name} has {images} training images, fewer than one batch of "
+            f"{opts.batch_size} x {world} process(es); lower --batch_size"
+        )
+
+
+class StepData:
+    """Data sets and loaders of a step.
+
+    Args:
+        opts: options of the step.
+        task: the step.
+        device: where the batches go.
+        replay: the method's `replay`, which extends the training set by a memory of earlier steps; None for a test, for which it
+            does not matter how many training images there are.
+
+    Attributes:
+        batches: of the training set.
+        val_loader, test_loader: this process's share of the validation and test images, each once.
+        class_names: by position in the order of learning.
+    """
+
+    def __init__(self, opts: Namespace, task: Task, device: torch.device, replay: Replay | None = None):
+        splits, world, rank = dataset.build(opts, task), distributed.world_size(), distributed.rank()
+        train: SegmentationSet | JoinedSet = splits.train
+        if replay is not None:
+            memory = replay(lambda indices: dataset.replay_set(opts, task, indices))
+            train = JoinedSet([train, *memory]) if memory else train
+            require_batches(len(train), opts, task)
+        names = dataset.class_names(opts)
+        self.class_names = [names[label] for label in task.label_ids]
+        pin = device.type == "cuda"
+        sampler = EpochSampler(len(train), opts.batch_size, opts.random_seed, rank, world, task.step)
+        self.batches = LoadedBatches(train, sampler, opts, pin)
+        # Full images differ in size and cannot share a batch.
+        per_batch = opts.batch_size if opts.crop_val else 1
+        self.val_loader, self.test_loader = (
+            make_loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
+            for split in (splits.val, splits.test)
+        )
+
+    def files_of_batch(self, number: int) -> list[str]:
+        """Files of a batch of the epoch under way, of all processes."""
+        return [name for names in distributed.gather_objects(self.batches.files(number)) for name in names]

@@ -1,0 +1,128 @@
+"""Every hook of a part, called where methods/base.py says, with phases that resume to the bit, on one and two processes."""
+
+import pytest
+import torch
+
+import methods
+import run
+import train
+from methods.phase import PhaseRun
+from tests.examples.every_hook import EveryHook, UsesEveryHook
+from tests.support import thin
+from utils.checkpointing import checkpoint_files
+
+TEXT = "--method EveryHook --task 6-2 --epochs 2 --num_workers 0"
+HOOKS = [name for name in vars(methods.Part) if not name.startswith("_") and callable(getattr(methods.Part, name))]
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "EveryHook", EveryHook)
+    with thin.program():
+        yield
+
+
+def weights(folder, step):
+    return checkpoint_files.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+
+
+def test_the_example_overrides_every_hook():
+    inherited = [name for name in HOOKS if name not in vars(UsesEveryHook)]
+    assert inherited == ["make_balancer"]  # LSKD has one
+
+
+def test_order_of_the_calls(tmp_path, monkeypatch):
+    calls = []
+    for name in HOOKS:
+        if name in ("add_options", "enabled", "make_balancer", "state_dict"):
+            continue
+
+        hook = vars(UsesEveryHook)[name]
+
+        def record(part, *args, _hook=hook, _name=name):
+            if not calls or calls[-1] != _name:
+                calls.append(_name)
+            return _hook(part, *args)
+
+        monkeypatch.setattr(UsesEveryHook, name, record)
+    assert thin.launch(tmp_path, f"{TEXT} --epochs 1 --step 0 --shapes_train 2") == 0
+    assert calls == [
+        *(
+            "wrap_model",
+            "attach",
+            "replay",
+            "init_classifier",
+            "frozen",
+            "phases",
+            "term_specs",
+            "parameter_groups",
+            "begin_step",
+        ),
+        *("prepare", "terms", "after_backward", "after_step", "end_epoch", "end_step", "export"),
+    ]
+
+
+def test_all_steps_with_phases_memory_and_frozen_parts(tmp_path, capsys):
+    assert thin.launch(tmp_path, f"{TEXT} --step 0 1 2") == 0
+    said = capsys.readouterr().out
+    assert "step 1 scale epoch 1/1: ce" in said and "step 1 biases epoch 2/2: ce" in said
+    entries = thin.document(tmp_path)["steps"]["1"]["epochs"]
+    assert [(entry.get("phase"), entry["epoch"]) for entry in entries] == [
+        ("scale", 0), (None, 0), (None, 1), ("biases", 0), ("biases", 1)
+    ]  # fmt: skip
+    assert set(entries[1]["losses"]) == {"ce", "weighted", "features", "scale", "loss"}
+    first, second = (weights(tmp_path, step) for step in (0, 1))
+    assert torch.equal(
+        first["model_state"]["module.body.mod1.conv1.weight"], second["model_state"]["module.body.mod1.conv1.weight"]
+    )
+    assert not torch.equal(first["model_state"]["module.head.scale.factor"], torch.ones(thin.FEATURES))
+    assert len(first["method_state"]["every_hook"]["remembered"]) == 2
+    rates = {group["initial_lr"] for group in second["optimizer_state"]["param_groups"]}
+    assert rates == {0.01, 0.02}
+
+
+def test_the_memory_joins_the_training_set(tmp_path, monkeypatch):
+    lengths = []
+    data = run.StepData.__init__
+
+    def remember(self, *args):
+        data(self, *args)
+        lengths.append(len(self.batches.data))
+
+    monkeypatch.setattr(run.StepData, "__init__", remember)
+    assert thin.launch(tmp_path, f"{TEXT} --step 0 1 --epochs 1") == 0
+    plain = run.dataset.build(thin.options("", 1), run.dataset.load_task(thin.options("", 1), 1))
+    assert lengths[1] == len(plain.train) + 2
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 10, 13, 14])
+def test_a_resume_continues_to_the_bit(tmp_path, monkeypatch, at):
+    """Killed at its k-th iteration, counted over phases and training; every iteration is saved."""
+    text = f"{TEXT} --step 1 --ckpt_minutes 0.000001 --step_ckpt '{tmp_path}/whole/checkpoints/6-2-shapes_n_0.pth'"
+    assert thin.launch(tmp_path / "whole", f"{TEXT} --step 0") == 0
+    assert thin.launch(tmp_path / "whole", text) == 0
+    done = []
+
+    def counted(iterate):
+        def count(*args):
+            if len(done) == at:
+                raise Killed
+            done.append(at)
+            return iterate(*args)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseRun, "_iterate", counted(PhaseRun._iterate))
+        patch.setattr(train.Trainer, "train_iteration", counted(train.Trainer.train_iteration))
+        with pytest.raises(Killed):
+            thin.launch(tmp_path / "parts", text)
+    assert thin.launch(tmp_path / "parts", f"{text} --resume") == 0
+    whole, parts = weights(tmp_path / "whole", 1), weights(tmp_path / "parts", 1)
+    for key in ("model_state", "method_state", "optimizer_state"):
+        assert checkpoint_files.digest(whole[key]) == checkpoint_files.digest(parts[key]), key
+    assert [entry["losses"] for entry in whole["history"]] == [entry["losses"] for entry in parts["history"]]

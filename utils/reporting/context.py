@@ -1,0 +1,44 @@
+"""What surrounds a training: its device, its log, stop requests, and how often its state is saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from utils.reporting.logger import Logger
+from utils.runtime import distributed
+from utils.runtime.signals import StopRequest
+
+
+@dataclass
+class Context:
+    """What the trainer and the phases of a method share.
+
+    Attributes:
+        device: where to compute.
+        log: terminal and TensorBoard.
+        stop: the process's stop request.
+        files_of_batch: names the files of a batch of the current epoch, by its number, for messages.
+        save_minutes: minutes after which the state is saved within an epoch; 0: at the end of epochs only.
+        saved_at: when the state was saved last, on the monotonic clock.
+    """
+
+    device: torch.device
+    log: Logger
+    stop: StopRequest = field(default_factory=StopRequest)
+    files_of_batch: Callable[[int], list[str]] = lambda number: []
+    save_minutes: float = 0.0
+    saved_at: float = field(default_factory=lambda: time.monotonic())
+
+    def save_due(self) -> bool:
+        """Whether the state is to be saved now by the clock, decided for all processes together."""
+        if not self.save_minutes:
+            return False
+        return distributed.any_true(time.monotonic() - self.saved_at > 60 * self.save_minutes, self.device)
+
+    def saved(self) -> None:
+        """Note that the state was saved."""
+        self.saved_at = time.monotonic()

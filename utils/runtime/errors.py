@@ -1,0 +1,52 @@
+"""What ends the program, and what it then says."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+
+from utils.runtime import distributed, memory
+from utils.runtime.signals import Stopped
+
+#: Exit codes: a user's error, a loss that is not finite, another process that is gone.
+USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss term is NaN or infinite and the run is not told to tolerate it."""
+
+
+def report(error: Exception, debug: bool) -> int | None:
+    """Say on stderr, once over all processes, why the program ends.
+
+    Args:
+        error: what ended it.
+        debug: print where it was raised, too.
+
+    Returns:
+        The exit code; None for an error that only a bug explains.
+    """
+    said, code = distributed.is_main(), NON_FINITE
+    text = f"error: {error}"
+    if isinstance(error, Stopped):
+        text, code = f"{error}; the same command with --resume continues", error.exit_code
+    elif isinstance(error, (ValueError, OSError)):
+        said, code = distributed.should_print(error), USER_ERROR
+        # An error of a worker process that loads data brings a traceback, whose last line is the message.
+        last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
+        text = f"error: {last_line.split(str(error))[-1].strip()}"
+    elif lack := memory.shortage(error):
+        said, code, text = True, USER_ERROR, f"error: {lack}"
+    elif distributed.peer_lost(error):
+        said, code = True, PEER_LOST
+        text = (
+            f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
+        )
+    elif not isinstance(error, NonFiniteLoss):
+        return None
+    if debug:
+        traceback.print_exc()
+    if said:
+        print(text, file=sys.stderr)
+    return code
