@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import golden_ops
+from tests.support import golden_compare, golden_ops
 from tests.support.paths import GOLDEN, ROOT
 
 
@@ -57,3 +57,33 @@ def test_a_wrong_number_is_noticed():
     case["out_embedding"][0, 3] *= 1 + 1e-8
     with pytest.raises(AssertionError):
         golden_ops.check(case, meta)
+
+
+@pytest.mark.parametrize("column", range(10))
+def test_a_wrong_mean_of_an_epoch_is_noticed_in_every_column(column):
+    case, meta = load(GOLDEN / "trace_lskd_lskd_abn.npz")
+    rows = case["out_epochs"].copy()
+    rows[:, column] *= 1 + 1e-5
+    with pytest.raises(AssertionError, match=f"column {meta['epoch_columns'][column]}:"):
+        golden_compare.close_by_column(rows, case["out_epochs"], "epochs", meta["epoch_columns"])
+
+
+@pytest.mark.parametrize("term", range(9))
+def test_a_movement_of_a_loss_weight_that_is_wrong_by_a_thousandth_percent_is_noticed(term):
+    case, _ = load(GOLDEN / "trace_lskd_lskd_abn.npz")
+    weights = case["out_loss_weights"].copy()
+    weights[:, term] = 1 + (weights[:, term] - 1) * (1 + 1e-5)
+    with pytest.raises(AssertionError, match=f"column {term}:"):
+        golden_compare.compare_output("out_loss_weights", weights, case["out_loss_weights"])
+
+
+def test_a_wrong_figure_of_a_log_line_is_noticed():
+    _, meta = load(GOLDEN / "trace_lskd_lskd_abn.npz")
+    lines = [golden_compare.log_figures(line) for line in meta["loss_lines"]]
+    assert list(lines[0]) == ["CE", "LKD", "LDE", "LReg", "POD", "EntMin"]
+    figures = np.array([list(line.values()) for line in lines])
+    for column, name in enumerate(lines[0]):
+        wrong = figures.copy()
+        wrong[-1, column] += 1e-5 * max(figures[:, column].max(), 1)
+        with pytest.raises(AssertionError, match=f"column {name}:"):
+            golden_compare.close_by_column(wrong, figures, "log lines", list(lines[0]))
