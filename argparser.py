@@ -190,7 +190,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
         type=str,
         default="current",
         choices=["current", "current+old", "all", "new"],
-        help="classes that training labels keep; new: also ignore the background; all: refused, as officially",
+        help="classes that training labels keep besides background, others become background; new: others are ignored; "
+        "all: refused, as officially",
     )
     switch("--disable_background", help="ignore the pixels that would be background in training")
 

@@ -126,7 +126,8 @@ class Task:
         Args:
             kind: "current": the step's classes keep an id (their position in the order of learning), old and future
                 ones become background 0. "current+old": old classes keep theirs too (also what `--no_mask` does).
-                "new": all but the step's classes, background included, is ignored. "test": as "current+old".
+                "new": background and the step's classes keep theirs, old and future classes are ignored.
+                "test": as "current+old".
             ignore_background: what would become background is ignored instead (`--disable_background` in training,
                 `--ignore_test_bg` in a test).
 
@@ -145,8 +146,9 @@ class Task:
             table = np.full(256, IGNORE, dtype=np.uint8)
             table[: self.domain_labels] = np.arange(self.domain_labels)
             return table
-        rest = IGNORE if ignore_background or kind == "new" else 0
-        table = np.full(256, rest, dtype=np.uint8)
+        background = IGNORE if ignore_background else 0
+        table = np.full(256, IGNORE if kind == "new" else background, dtype=np.uint8)
+        table[0] = background
         kept = self.new if kind in ("current", "new") else self.order
         for position, class_id in enumerate(self.order):
             if class_id in kept and class_id != 0:

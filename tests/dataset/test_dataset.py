@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import dataset
 from dataset import cache, files, tasks
 from dataset.base import select
-from dataset.transform import denormalise
+from dataset.transform import FullImage, denormalise
 from tests.support.paths import FACTS
 from tests.support.tiny_folder import build, labels, options, save_image, save_mask, write_folder
 
@@ -100,11 +100,23 @@ def test_masking_options(root):
     assert labels(build(root, 1, crop_val=False, no_mask=True).val) == {0, 3, 255}
     seen = build(root, 2, crop_val=False, no_mask=True).val
     assert labels(seen) == labels(build(root, 2, crop_val=False, data_masking="current+old").val) == {0, 1, 4, 255}
-    assert labels(build(root, 2, crop_val=False, data_masking="new").val) == {4, 255}
+    assert labels(build(root, 2, crop_val=False, data_masking="new").val) == {0, 4, 255}
     assert labels(build(root, 2, crop_val=False, disable_background=True).val) == {4, 255}
     assert labels(build(root, 2, crop_val=False, ignore_test_bg=True).test) == {1, 2, 3, 4, 255}
     with pytest.raises(ValueError, match="--data_masking 'all'"):
         build(root, 1, data_masking="all")
+
+
+@pytest.mark.parametrize(
+    ("masking", "expected"),
+    # learning order at step 1: 0, 2, 1 | 4, then 3: the mask of train7 shows background, 1, 4 and 255
+    [("current", [0, 0, 3, 255]), ("current+old", [0, 2, 3, 255]), ("new", [0, 255, 3, 255])],
+)
+def test_data_masking_on_a_mask(root, masking, expected):
+    train = build(root, 1, data_masking=masking).train
+    train.transform = FullImage()
+    position = train.indices.tolist().index(7)
+    assert train[position][1][0, ::3][:4].tolist() == expected
 
 
 def test_validation_choices(root):

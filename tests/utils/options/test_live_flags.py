@@ -160,6 +160,10 @@ def values(data):
     return {int(value) for index in range(len(data)) for value in data[index][1].unique()}
 
 
+def ignored(data):
+    return sum(int((data[index][1] == 255).sum()) for index in range(len(data)))
+
+
 @shows("overlap")
 def test_overlap():
     disjoint = [word for word in thin.words(Path(), "--task 6-2 --shapes_train 60") if word != "--overlap"]
@@ -172,7 +176,9 @@ def test_overlap():
 @shows("no_mask", "data_masking", "disable_background")
 def test_masking():
     assert values(splits("").train) == {0, 7, 8, 255}
-    assert values(splits("--data_masking new").train) == {7, 8, 255}
+    assert values(splits("--data_masking new").train) == {0, 7, 8, 255}
+    count = {words: ignored(splits(words).train) for words in ("", "--data_masking new", "--disable_background")}
+    assert count[""] < count["--data_masking new"] < count["--disable_background"]
     assert values(splits("--data_masking current+old").train) == {*range(9), 255}
     assert values(splits("--no_mask").train) == {*range(9), 255}
     assert values(splits("--disable_background").train) == {7, 8, 255}
