@@ -299,7 +299,8 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     add("--val_interval", type=int, default=1, help="epochs between two validations")
     add("--crop_val", action="store_false", help="validate on full images one by one, NOT on centre crops")
     switch(
-        "--test_on_val", help="test on the validation images of the step alone, with --cross_val on the held-out ones"
+        "--test_on_val",
+        help="shuffle the images of each set by a fixed seed; training images: the first 80 %%, others: the last 20 %%",
     )
     switch("--val_on_trainset", help="test on the training images")
     switch("--cross_val", help="hold out a fifth of the training images for validation")

@@ -58,7 +58,8 @@ def build(opts: Namespace, task: Task) -> Splits:
     train: training images with a class of the step (without `overlap`: and with no class of a later step), only the
     step's classes labelled. val: validation images with a class of the step, labelled alike; with `cross_val` a random
     fifth of the training images instead, which are then not trained on. test: validation images (`val_on_trainset`:
-    training images) with a class seen so far, all of which are labelled; with `test_on_val` the same as val.
+    training images) with a class seen so far, all of which are labelled. With `test_on_val` the images of each of the
+    three sets are shuffled by a fixed seed, and training images keep the first 80 %, validation images the last 20 %.
 
     Args:
         opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
@@ -78,18 +79,22 @@ def build(opts: Namespace, task: Task) -> Splits:
     learning = task.label_table(masking, ignore_background=opts.disable_background)
     evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
 
-    indices = _chosen(train_source, task, task.new, disjoint=not opts.overlap)
+    def chosen(train: bool, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
+        source = train_source if train else val_source
+        indices = _chosen(source, task, ids, disjoint)
+        return _share(indices, train, source.title) if opts.test_on_val else indices
+
+    indices = chosen(True, task.new, disjoint=not opts.overlap)
     if opts.cross_val:
         indices, held_out = _four_fifths(indices, opts.random_seed, train_source.title)
         val = _labelled(train_source, held_out, learning, evaluate)
     else:
-        val = _labelled(val_source, _chosen(val_source, task, task.new), learning, evaluate)
+        val = _labelled(val_source, chosen(False, task.new), learning, evaluate)
     train = _labelled(train_source, indices, learning, TrainTransform(opts.crop_size), opts.random_seed, task.step)
-    if opts.test_on_val:
-        return Splits(train, val, val)
     test_source = train_source if opts.val_on_trainset else val_source
     testing = task.label_table("test", ignore_background=opts.ignore_test_bg)
-    return Splits(train, val, _labelled(test_source, _chosen(test_source, task, task.seen), testing, evaluate))
+    test_indices = chosen(opts.val_on_trainset, task.seen)
+    return Splits(train, val, _labelled(test_source, test_indices, testing, evaluate))
 
 
 def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> SegmentationSet:
@@ -174,6 +179,22 @@ def _four_fifths(indices: np.ndarray, seed: int, title: str) -> tuple[np.ndarray
         raise ValueError(f"--cross_val cannot hold out a fifth of {len(indices)} image(s) of the {title}")
     shuffled = np.random.default_rng(seed).permutation(indices)
     return np.sort(shuffled[:cut]), np.sort(shuffled[cut:])
+
+
+def _share(indices: np.ndarray, train: bool, title: str) -> np.ndarray:
+    """`--test_on_val`: the first 80 % of the shuffled indices for training images, the last 20 % for validation images.
+
+    Reference: the official program, which shuffles with RandomState(1) whatever `--random_seed` is.
+    """
+    shuffled = indices.tolist()
+    np.random.RandomState(1).shuffle(shuffled)
+    cut = int(0.8 * len(shuffled))
+    kept = shuffled[:cut] if train else shuffled[cut:]
+    if not kept:
+        raise ValueError(
+            f"--test_on_val keeps 80 % of {len(indices)} image(s) of the {title}, which is none; leave --test_on_val out"
+        )
+    return np.array(kept, dtype=np.int64)
 
 
 def _labelled(

@@ -129,8 +129,33 @@ def test_validation_choices(root):
     again = build(root, 0, cross_val=True)
     assert np.array_equal(again.val.indices, crossed.val.indices)
     assert build(root, 1, val_on_trainset=True).test.indices.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    splits = build(root, 1, test_on_val=True)
-    assert splits.test is splits.val
+
+
+def test_test_on_val_keeps_four_fifths_to_train_and_a_fifth_to_evaluate(root):
+    """Each list is shuffled by RandomState(1), whatever the seed; the first 80 % train, the last 20 % are evaluated."""
+    whole = build(root, 0)
+    expected = []
+    for part, first in ((whole.train, True), (whole.val, False), (whole.test, False)):
+        images = part.indices.tolist()
+        np.random.RandomState(1).shuffle(images)
+        cut = int(0.8 * len(images))
+        expected.append(images[:cut] if first else images[cut:])
+    for seed in (42, 7):
+        splits = build(root, 0, test_on_val=True, random_seed=seed)
+        assert [part.indices.tolist() for part in splits] == expected
+    assert [len(part) for part in splits] == [6, 1, 1]
+    trained_on = build(root, 1, test_on_val=True, val_on_trainset=True).test.indices.tolist()
+    seen = build(root, 1, val_on_trainset=True).test.indices.tolist()
+    np.random.RandomState(1).shuffle(seen)
+    assert trained_on == seen[: int(0.8 * len(seen))]  # training images, of which the first 80 %
+    crossed = build(root, 0, test_on_val=True, cross_val=True)
+    assert sorted([*crossed.train.indices, *crossed.val.indices]) == sorted(expected[0])
+
+
+def test_test_on_val_names_a_set_that_is_too_small(root):
+    (root / "splits" / "train.txt").write_text("train0\n")
+    with pytest.raises(ValueError, match=r"--test_on_val.* 80 % of 1 image\(s\) of the split train"):
+        build(root, 0, test_on_val=True)
 
 
 def test_offline_and_names(root):

@@ -65,7 +65,6 @@ EXCLUSIVE = (
     (("unkd", "kd_bce_sig", "exkd_gt", "exkd_sum", "icarl"), "the distillation of outputs"),
     (("ce_on_pseudo", "ce_on_new"), "the pixels of the cross entropy"),
     (("kd_new", "kd_mask"), "the pixels of the distillation"),
-    (("test_on_val", "val_on_trainset"), "the test images"),
 )
 
 #: Options, what they need, and the test of it; a refusal says both.

@@ -213,6 +213,7 @@ def test_folder_without_task_file_is_checked_too(tmp_path):
         "--method PLOP --step 0",
         "--cross_val --test_on_val",
         "--cross_val --val_on_trainset",
+        "--test_on_val --val_on_trainset",
         "--nca --cosine --unce",
         "--icarl --bce",
         "--nb_background_modes 3 --init_multimodal max_init --multimodal_fusion softmax",
