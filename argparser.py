@@ -438,4 +438,4 @@ def _classifier(parser: argparse.ArgumentParser) -> None:
     )
     add("--align_weight", default=None, choices=["old", "background", "all"], help="weights whose norms are aligned")
     often = ["never", "epoch", "task"]
-    add("--align_weight_frequency", default="never", choices=often, help="when they are aligned")
+    add("--align_weight_frequency", default="never", choices=often, help="after each validation, or for the test only")

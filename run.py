@@ -402,10 +402,12 @@ class StepRun:
     def _test(self, trainer: Trainer, data: StepData, iterations: int) -> None:
         """Test the trainer's network and record it; `iterations` were trained, the abscissa of the test's curves."""
         task = self.task
+        weights = checkpoint_files.digest(trainer.network.state_dict())  # those of the checkpoint
+        trainer.method.begin_test(trainer.network)
         scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
-        scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
+        scores["Weights"] = weights
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
         means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
         shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}

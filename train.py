@@ -285,6 +285,7 @@ class Trainer:
         if scores is None:
             save()
             raise Stopped(self.stop_agreed)
+        self.method.end_validation(self.network)
         self.validated_epoch = self.epoch
         self.best_score = max(self.best_score, scores["Mean IoU"])
         self.history[-1]["val_miou"] = scores["Mean IoU"]

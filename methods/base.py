@@ -22,17 +22,19 @@ The hooks of a part, in the order in which a step calls them. "Resumed" says wha
     after_backward      every iteration, before the optimiser's step            all         -
     after_step          every iteration, after it                               all         -
     end_epoch           after every epoch                                       all         -
+    end_validation      after every validation                                  all         -
     end_step            after the last epoch and phase, before the checkpoint   all         called, if the step did not get so far
     export              a checkpoint of the finished step is written            all         -
     state_dict          every saved state, and the finished checkpoint          all         -
     load_state_dict     a resume                                                all         called last
+    begin_test          before the test of the step, and of --test              all         called, if the test is not recorded
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 from dataset.base import SegmentationSet
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
+from methods.part_types import Previous, Rules
 from segmentation_module import SegmentationModel
 from utils.balance.equilibrium import Balancer, Sum, TermSpec
 from utils.runtime import distributed
@@ -47,58 +50,6 @@ from utils.types import Batch
 
 if TYPE_CHECKING:
     from methods.phase import Phase
-
-
-class Previous(NamedTuple):
-    """What step t−1 left for a part; both are empty at step 0.
-
-    Attributes:
-        state: what the part's own `state_dict` returned at the end of step t−1; empty where that step had no such part.
-        weights: the network of step t−1 as its checkpoint stores it, by parameter and buffer name.
-        file: name of that checkpoint, for messages.
-    """
-
-    state: Mapping[str, Any] = {}
-    weights: Mapping[str, Tensor] = {}
-    file: str = "the checkpoint of the previous step"
-
-    @classmethod
-    def of_part(cls, checkpoint: Mapping[str, Any], state_key: str) -> Previous:
-        """What a checkpoint holds for a part.
-
-        Args:
-            checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; empty at step 0.
-            state_key: of the part.
-
-        Raises:
-            ValueError: the states of the parts are no dictionary.
-        """
-        file = checkpoint.get("file", "the checkpoint of the previous step")
-        states: dict[str, Any] = {}
-        for key in ("trainer_state", "method_state"):
-            found = checkpoint.get(key) or {}
-            if not isinstance(found, dict):
-                raise ValueError(
-                    f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "
-                    "another file with --step_ckpt"
-                )
-            states |= found
-        own = states.get(state_key) if state_key else None
-        return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
-
-
-class Rules(NamedTuple):
-    """What the command line may ask of a part; `argparser.check` reads the rules of all parts.
-
-    Attributes:
-        ranges: least and greatest value by dest, both inclusive.
-        exclusive: pairs of (sentence for the first option, whether it is given, the same for the second); both given is refused.
-        requires: (dest, sentence for what it needs, whether that is given); a given dest without it is refused.
-    """
-
-    ranges: Mapping[str, tuple[float, float]] = {}
-    exclusive: Sequence[tuple[str, Callable[[Namespace], bool], str, Callable[[Namespace], bool]]] = ()
-    requires: Sequence[tuple[str, str, Callable[[Namespace], bool]]] = ()
 
 
 class Part:
@@ -244,6 +195,9 @@ class Part:
     def end_epoch(self, model: SegmentationModel, epoch: int) -> None:
         """Called after every epoch of the main training; `epoch` counts from 0."""
 
+    def end_validation(self, model: SegmentationModel) -> None:
+        """Called after the scores of every validation are counted; the weights it leaves are trained on and saved."""
+
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Called after the last epoch and phase, before the checkpoint of the step is written.
 
@@ -263,6 +217,9 @@ class Part:
             The weights by name; loading them into a network that `wrap_model` has changed must give the same network.
         """
         return state
+
+    def begin_test(self, model: SegmentationModel) -> None:
+        """Called before the test of a step; the checkpoint is written by then and does not see what this changes."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume and the next step need: tensors and plain values."""
@@ -427,6 +384,11 @@ class Method:
         for part in self.parts:
             part.end_epoch(model, epoch)
 
+    def end_validation(self, model: SegmentationModel) -> None:
+        """Called after the scores of every validation are counted."""
+        for part in self.parts:
+            part.end_validation(model)
+
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Called after the last epoch and phase."""
         for part in self.parts:
@@ -438,6 +400,11 @@ class Method:
         for part in self.parts:
             state = part.export(state)
         return state
+
+    def begin_test(self, model: SegmentationModel) -> None:
+        """Called before the test of a step, which may see other weights than the checkpoint."""
+        for part in self.parts:
+            part.begin_test(model)
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parts that have any."""

@@ -115,9 +115,10 @@ class EntropyMinimisation(Part):
 
 
 class WeightAlignment(Part):
-    """Rescale the new classifier's weights to the norm of others, after every epoch or once after the step.
+    """Rescale the new classifier's weights to the norm of others: after every validation, or for the test alone.
 
-    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020.
+    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020. When
+        is PLOP's choice: "task" aligns the reloaded weights before the last test, and the checkpoint is not aligned.
     """
 
     @classmethod
@@ -125,12 +126,12 @@ class WeightAlignment(Part):
         """From step 1 on, with --align_weight."""
         return opts.align_weight is not None and task.step > 0 and not task.domain
 
-    def end_epoch(self, model: SegmentationModel, epoch: int) -> None:
+    def end_validation(self, model: SegmentationModel) -> None:
         """--align_weight_frequency epoch."""
         if self.opts.align_weight_frequency == "epoch":
             model.align_weight(self.opts.align_weight)
 
-    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
+    def begin_test(self, model: SegmentationModel) -> None:
         """--align_weight_frequency task."""
         if self.opts.align_weight_frequency == "task":
             model.align_weight(self.opts.align_weight)

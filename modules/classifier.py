@@ -152,26 +152,28 @@ class Classifiers(nn.ModuleList):
 
     @torch.no_grad()
     def align(self, reference: str) -> None:
-        """Rescale the new classes' weights so that their mean norm is that of a reference.
+        """Rescale the new classes' weights so that their mean norm is that of rows of the earlier classifiers.
 
         Args:
-            reference: "old" (the old classes without the background), "background", or "all" (both).
+            reference: "all" rows; "old": all but row 0 of the first classifier; "background": row 0 of the first classifier
+                and, as released, every row of the later ones (which hold no background). With several background modes
+                row 0 is the first mode.
 
         Raises:
-            ValueError: another reference, or no classes to take it from.
+            ValueError: another reference, or no rows to take it from.
 
         Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020,
-            eq. 8.
+            eq. 8, for "old"; the rows of "background" are those of PLOP's release.
         """
-        norms = torch.cat([classifier.weight.flatten(1).norm(dim=1) for classifier in self])
-        modes = self.background_modes
-        old = norms[: len(norms) - self.num_new]
-        chosen = {"old": old[modes:], "background": old[:modes], "all": old}
+        *earlier, new = (classifier.weight.flatten(1).norm(dim=1) for classifier in self)
+        first, later = (earlier[0], earlier[1:]) if len(self.classes) > 1 else (new[:0], [])
+        chosen = {"old": [first[1:], *later], "background": [first[:1], *later], "all": [first, *later]}
         if reference not in chosen:
             raise ValueError(f"--align_weight {reference}: choose one of {', '.join(chosen)}")
-        if len(self.classes) < 2 or len(chosen[reference]) == 0:
+        norms = torch.cat(chosen[reference])
+        if len(norms) == 0:
             raise ValueError(f"--align_weight {reference}: this step has no such weights to align the new classes with")
-        self[-1].weight.mul_(chosen[reference].mean() / norms[-self.num_new :].mean().clamp(min=1e-12))
+        self[-1].weight.mul_(norms.mean() / new.mean().clamp(min=1e-12))
 
     def _background_weight(self) -> Tensor:
         """(K, c, 1, 1) weights of the background modes."""

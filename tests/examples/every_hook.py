@@ -11,7 +11,8 @@ begin_step      count the pixels of each class, for class weights
 prepare, terms  a classification loss of its own, weighted by the counts, and a distance from the teacher's features
 after_backward  a penalty on the scale, its gradient added by hand
 after_step      count the images
-end_epoch, end_step, state_dict, load_state_dict
+end_epoch, end_validation, end_step, state_dict, load_state_dict
+begin_test      the test sees no factor of the scale below 0
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class UsesEveryHook(Part):
         self.images = 0
         self.earlier_images = 0
         self.epochs_ended = 0
+        self.validations = 0
         self.remembered: list[int] = []
         self.class_weights = torch.ones(task.num_total)
 
@@ -234,6 +236,10 @@ class UsesEveryHook(Part):
         """Count."""
         self.epochs_ended = epoch + 1
 
+    def end_validation(self, model: SegmentationModel) -> None:
+        """Count."""
+        self.validations += 1
+
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Remember the first images of the step."""
         self.remembered = [int(index) for index in loader.indices[:REPLAYED]]
@@ -247,6 +253,7 @@ class UsesEveryHook(Part):
         return {
             "images": self.images,
             "epochs_ended": self.epochs_ended,
+            "validations": self.validations,
             "remembered": self.remembered,
             "class_weights": self.class_weights.clone(),
         }
@@ -254,7 +261,13 @@ class UsesEveryHook(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting."""
         self.images, self.epochs_ended = state["images"], state["epochs_ended"]
+        self.validations = state["validations"]
         self.remembered, self.class_weights = list(state["remembered"]), state["class_weights"]
+
+    @torch.no_grad()
+    def begin_test(self, model: SegmentationModel) -> None:
+        """The test alone sees no negative factor."""
+        model.head.scale.factor.clamp_(min=0)
 
 
 class EveryHook(Method):

@@ -410,17 +410,6 @@ def test_cosine_classifier():
     assert torch.equal(model.cls[1].weight[1], model.cls[0].weight[0])
 
 
-@pytest.mark.parametrize(("reference", "factor"), [("old", 3.0), ("background", 1.0), ("all", 7 / 3)])
-def test_weight_alignment_by_hand(reference, factor):
-    classifiers = Classifiers(1, [3, 2])
-    with torch.no_grad():
-        classifiers[0].weight.copy_(torch.tensor([2.0, 4, -8]).view(3, 1, 1, 1))  # background 2, others 6 on average
-        classifiers[1].weight.copy_(torch.tensor([1.0, -3]).view(2, 1, 1, 1))  # 2 on average
-    classifiers.align(reference)
-    assert classifiers[1].weight.flatten().tolist() == pytest.approx([factor, -3 * factor])
-    assert classifiers[0].weight.flatten().tolist() == [2, 4, -8]
-
-
 def test_refused():
     with pytest.raises(ValueError, match="--align_weight newest"):
         Classifiers(1, [3, 2]).align("newest")
