@@ -148,6 +148,8 @@ def _check_task(opts: argparse.Namespace) -> None:
             f"--method Joint learns all classes at once, but task {steps[0].name} has {steps[0].last_step + 1} steps; "
             f"use --task {tasks.OFFLINE}"
         )
+    if not steps[0].domain:
+        checks.check_class_incremental(opts)
 
 
 def _switch(group: Any, *flags: str, help: str, dest: str | None = None) -> None:
@@ -212,7 +214,7 @@ def _task(parser: argparse.ArgumentParser) -> None:
         help="checkpoint before the first of --step, instead of the one found by name",
     )
     add("--ckpt", type=str, default=None, help="weights to start this step with (for --test: to be tested)")
-    switch("--base_weights", help="start from the weights of step 0, not of the previous step")
+    switch("--base_weights", help="the network of every step has the classifier of step 0 alone")
     add("--strict_weights", action="store_false", help="tolerate missing and unexpected weights in a checkpoint")
     switch("--resume", help="continue the step where it was interrupted; start it where it was not")
 

@@ -159,7 +159,7 @@ def dry_run(opts: Namespace, task: Task) -> None:
     """Build everything, train nothing, print one line of JSON about the step."""
     splits = dataset.build(opts, task)
     require_batches(len(splits.train), opts, task)
-    model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False)
+    model = segmentation_module.build_network(opts, segmentation_module.network_classes(opts, task), pretrained=False)
     methods.build(opts, task)
     store = Store(opts, task)
     if task.step > 0 and store.previous().is_file():
@@ -297,7 +297,8 @@ class StepRun:
         opts, task = self.opts, self.task
         path = Path(opts.ckpt) if opts.ckpt else self.store.finished(task.step)
         state = self.store.load_tested(path)
-        model = segmentation_module.build_network(opts, task.classes_per_step, False, method.wrap_model)
+        classes = segmentation_module.network_classes(opts, task)
+        model = segmentation_module.build_network(opts, classes, False, method.wrap_model)
         segmentation_module.load_weights(model, state["model_state"], path, strict=opts.strict_weights)
         return StepData(opts, task, self.device), state, self._placed(model)
 

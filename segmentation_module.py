@@ -174,6 +174,11 @@ def build_network(
     return model
 
 
+def network_classes(opts: Namespace, task: Task) -> list[int]:
+    """Channels of each classifier of a step's network, such as [16, 5]; with `--base_weights` those of step 0 alone."""
+    return task.at(0).classes_per_step if opts.base_weights else task.classes_per_step
+
+
 def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any], wrap: Wrap = keep_layers) -> nn.Module:
     """The frozen model of step t-1, in evaluation mode.
 
@@ -187,7 +192,7 @@ def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any], wrap: W
         The teacher on the CPU, without gradient, its norms folded into its convs: it computes the same in less time.
     """
     store = Store(opts, task)
-    teacher = build_network(opts, task.at(task.step - 1).classes_per_step, pretrained=False, wrap=wrap)
+    teacher = build_network(opts, network_classes(opts, task.at(task.step - 1)), pretrained=False, wrap=wrap)
     load_weights(teacher, previous["model_state"], store.previous(), strict=opts.strict_weights)
     return fold_frozen(teacher.eval(), in_place=True)
 
@@ -207,15 +212,11 @@ def build_student(
     Returns:
         The student on the CPU.
     """
-    model = build_network(opts, task.classes_per_step, pretrained, wrap)
+    model = build_network(opts, network_classes(opts, task), pretrained, wrap)
     if previous:
         store = Store(opts, task)
-        weights = dict(previous["model_state"])
-        if opts.base_weights and task.step > 1:
-            base = store.finished(0)
-            weights |= read(base)["model_state"]
-        grows = not task.domain
-        load_weights(model, weights, store.previous(), opts.strict_weights, len(model.cls) - 1 if grows else None)
+        new_classifier = None if task.domain else len(model.cls) - 1
+        load_weights(model, previous["model_state"], store.previous(), opts.strict_weights, new_classifier)
     if opts.ckpt is not None and not opts.test:
         load_weights(model, read(Path(opts.ckpt))["model_state"], Path(opts.ckpt), strict=opts.strict_weights)
     if opts.freeze:

@@ -158,15 +158,9 @@ class Store:
                 f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
                 f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
             )
-        base = self.finished(0)
-        if self.opts.base_weights and max(self.opts.step) > 1 and 0 not in self.opts.step and not base.is_file():
-            raise ValueError(
-                f"--base_weights starts from the checkpoint of step 0, but {base} does not exist; train --step 0 under this "
-                "--name and --checkpoint first, or leave --base_weights out"
-            )
 
     def load_tested(self, path: Path) -> dict[str, Any]:
-        """A checkpoint of this very step, to be tested.
+        """A checkpoint of this very step, to be tested; with `--base_weights` one of step 0 as well.
 
         Args:
             path: the file.
@@ -178,7 +172,8 @@ class Store:
             ValueError: missing, damaged, or of another step, task, order or network.
         """
         state = read(path)
-        self._check(path, state, self.task.step)
+        of_base = self.opts.base_weights and state.get("task", {}).get("step") == 0
+        self._check(path, state, 0 if of_base else self.task.step)
         return state
 
     def _check(self, path: Path, state: dict[str, Any], step: int) -> None:

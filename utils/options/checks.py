@@ -135,6 +135,7 @@ IDLE = (
     ("--lr_policy step", lambda o: o.lr_policy == "step", "lr_decay_step lr_decay_factor"),
     ("--opt_level O1", lambda o: o.opt_level != "O0", "amp_dtype"),
     ("a first --step above 0", lambda o: o.step[0] > 0, "step_ckpt"),
+    ("a --step above 0", lambda o: max(o.step) > 0, "base_weights"),
     (
         "a training (not --test, --dry_run or --check_data)",
         lambda o: not (o.test or o.dry_run or o.check_data),
@@ -166,6 +167,23 @@ def check_all(opts: Namespace) -> None:
     """
     for check in (_numbers, _texts, _pod_options, _combinations, _pseudo, _masks, _domain, _steps, _precision, _paths):
         check(opts)
+
+
+def check_class_incremental(opts: Namespace) -> None:
+    """Refuse what cannot work in a task whose steps add classes.
+
+    Args:
+        opts: the parsed command line of such a task.
+
+    Raises:
+        ValueError: names the flag and the remedy.
+    """
+    if opts.base_weights and max(opts.step) > 0 and not (opts.test or opts.dry_run or opts.check_data):
+        later = next(step for step in opts.step if step > 0)
+        raise ValueError(
+            f"--base_weights gives the network of step {later} the classifier of step 0 alone, which has no channel for "
+            "the new classes, so that their labels cannot be trained; leave --base_weights out, or add --test"
+        )
 
 
 def notes(opts: Namespace) -> list[str]:

@@ -141,16 +141,6 @@ def test_another_fusion_of_background_modes_is_refused(tmp_path):
     make(tmp_path, 1).load_previous()
 
 
-def test_base_weights_need_step_0_before_anything_is_trained(tmp_path):
-    (tmp_path / "other.pth").write_bytes(b"")
-    text = f"--step_ckpt '{tmp_path}/other.pth' --base_weights --step"
-    said = refusal(make(tmp_path, 1, f"{text} 1 2").require_previous)
-    assert "--base_weights" in said and "6-2-shapes_n_0.pth does not exist; train --step 0" in said
-    make(tmp_path, 1, f"{text} 1").require_previous()  # step 1 starts from step 0 anyway
-    make(tmp_path).save_finished(STATE, {})
-    make(tmp_path, 1, f"{text} 1 2").require_previous()
-
-
 def test_another_overlap_setting_is_refused(tmp_path):
     make(tmp_path).save_finished(STATE, {})
     disjoint = make(tmp_path, 1)

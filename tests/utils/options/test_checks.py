@@ -280,6 +280,7 @@ MET = {
     "--lr_policy step": "--lr_policy step",
     "--opt_level O1": "--opt_level O1",
     "a first --step above 0": "--step 1",
+    "a --step above 0": "--step 1",
     "a training (not --test, --dry_run or --check_data)": "",
 }
 #: What leaves an option idle that the defaults do not.
