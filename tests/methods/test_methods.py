@@ -283,14 +283,14 @@ def test_list_of_methods_has_a_line_for_each(capsys):
 
 
 def test_presets_are_printed_and_those_of_a_task_marked(tmp_path, capsys):
-    words = f"--dataset voc --data_root '{tmp_path}' --method MiB --task"
-    assert thin.launch(tmp_path, f"{words} 15-5s") == 2  # there is no VOC here
+    words = f"--data_root '{tmp_path}' --method PLOP --dataset"
+    assert thin.launch(tmp_path, f"{words} ade --task 100-5") == 2  # there is no ADE20K here
     printed = capsys.readouterr().out
-    assert "--method MiB: loss_kd=100.0, unce=True, unkd=True, init_balanced=True" in printed
-    assert "note: --method MiB on voc 15-5s has a preset of its own: loss_kd=100.0" in printed
-    thin.launch(tmp_path, f"{words} 15-5")
+    assert "--method PLOP: pod=local, pod_factor=0.001" in printed
+    assert "note: --method PLOP on ade 100-5 has a preset of its own: pod_factor=0.001" in printed
+    thin.launch(tmp_path, f"{words} voc --task 15-5")
     printed = capsys.readouterr().out
-    assert "loss_kd=10.0" in printed and "preset of its own" not in printed
+    assert "pod_factor=0.01" in printed and "preset of its own" not in printed
 
 
 def test_flags_without_effect_are_said_once(tmp_path, capsys):

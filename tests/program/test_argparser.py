@@ -108,11 +108,11 @@ def test_plop_on_cities(task):
     )
 
 
-def test_mib_on_voc_one_by_one():
-    assert parse("--method MiB --task 15-5s").loss_kd == 100
-    assert parse("--method MiB --task 15-5s_w").loss_kd == 100  # the same task in another order of classes
-    assert parse("--method MiB --task 15-5").loss_kd == 10
-    assert any("loss_kd=100" in note for note in argparser.notes(parse("--method MiB --task 15-5s")))
+@pytest.mark.parametrize("task", ["15-5s", "15-5s_w", "15-5", "10-1"])
+def test_mib_distils_with_factor_10_on_every_task_unless_told_otherwise(task):
+    opts = parse(f"--method MiB --task {task}")
+    assert opts.loss_kd == 10 and not opts.task_preset
+    assert parse(f"--method MiB --task {task} --loss_kd 100").loss_kd == 100
 
 
 def test_what_the_user_gives_wins_over_the_preset():
