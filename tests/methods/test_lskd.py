@@ -141,6 +141,49 @@ def test_too_many_groups_for_the_logits_are_refused_before_the_step():
         thin.Step("--method LSKD --tap_schemes none,none,none,none,none,mcd")
 
 
+#: LSKD's features without its distillation of outputs, which some options replace.
+FEATURES_ALONE = "--pod local --dis cos --sigmoid whc --mmm 4"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"), [("--loss_de 3", "body"), ("--icarl", "icarl"), ("--entropy_min 2", "entropy")]
+)
+def test_further_terms_are_part_of_the_loss(words, name):
+    """The release computes them and leaves them out."""
+    images, labels = thin.images(2), thin.bands(0, 4, 5, 255)
+    values, trainer = train(thin.Step(f"{FEATURES_ALONE} {words}"), images, labels)
+    assert name in trainer.balancer.names
+    assert values[name] > 0
+    terms = {term: value for term, value in values.items() if term != "loss"}
+    assert values["loss"] == pytest.approx(sum(terms.values()), rel=1e-5)  # λ is 1 in the first iteration
+
+
+def test_the_schedule_of_distillation_scales_it():
+    """The release computes the factor of --kd_scheduling and does not use it."""
+    images, labels = thin.images(2, dtype=torch.float64), thin.bands(0, 4, 5, 255)
+    plain, scheduled = (
+        thin.Step(f"--method LSKD {words}", dtype=torch.float64).terms(images, labels)["kd"]
+        for words in ("", "--kd_scheduling")
+    )
+    torch.testing.assert_close(scheduled, (6 / 2) ** 0.5 * plain)
+
+
+def test_a_regulariser_adds_its_gradient():
+    """The release computes the penalty and does not add its gradient."""
+    gradients = []
+    for words in ("", "--regularizer ewc --reg_importance 7 --reg_no_normalize"):
+        step = thin.Step(f"--method LSKD {words}", dtype=torch.float64)
+        weights = {name: torch.ones_like(value) for name, value in step.teacher.named_parameters()}
+        state = {"model_state": step.teacher.state_dict(), "trainer_state": {"regularizer": {"fisher": weights}}}
+        step.method.attach(step.model, step.teacher, state)
+        name, parameter = "head.red_conv.weight", step.model.head.red_conv.weight
+        moved = parameter.detach() - state["model_state"][name]
+        step.begin(thin.images(2, dtype=torch.float64), thin.bands(0, 4, 5, 255))
+        step.trainer().train_iteration(thin.images(2, dtype=torch.float64), thin.bands(0, 4, 5, 255))
+        gradients.append(parameter.grad)
+    torch.testing.assert_close(gradients[1] - gradients[0], 2 * 7 * moved)
+
+
 # ------------------------------------------------------------------------------ λ
 
 
