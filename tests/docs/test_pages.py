@@ -22,7 +22,6 @@ FOREIGN_OPTIONS = {"--nproc_per_node", "--master_port"}
 #: Files that a page names before they are made. Strict: once a file exists, its entry fails and must be removed.
 PENDING = {
     "docs/figures/quickstart.png": pytest.mark.xfail(strict=True, reason="remove this entry of PENDING: it exists now"),
-    "docs/departures.md": pytest.mark.xfail(strict=True, reason="remove this entry of PENDING: it exists now"),
 }
 
 
