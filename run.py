@@ -408,10 +408,10 @@ class StepRun:
         scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
         means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
-        shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
+        shown = {key: f"{mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
         self.log.info(
-            f"step {task.step} of {task.name}: mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, "
-            f"average over steps {shown['average_over_steps']} (%) -> {results.csv_path(self.opts, task)}"
+            f"step {task.step} of {task.name}: test mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, average over steps "
+            f"{shown['average_over_steps']} (%, {dataset.labels_of_test(self.opts, task)}) -> {results.csv_path(self.opts, task)}"
         )
         self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, iterations)
         if self.opts.visualize:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dataset
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method
@@ -286,11 +287,15 @@ class Trainer:
             save()
             raise Stopped(self.stop_agreed)
         self.validated_epoch = self.epoch
-        self.best_score = max(self.best_score, scores["Mean IoU"])
-        self.history[-1]["val_miou"] = scores["Mean IoU"]
-        self.log.scalars({"val/mIoU": scores["Mean IoU"], "val/accuracy": scores["Overall Acc"]}, self.total_iterations)
+        self.best_score = max(self.best_score, scores["Mean IoU"])  # a fraction, as in the official checkpoints
+        miou, accuracy = 100 * scores["Mean IoU"], 100 * scores["Overall Acc"]
+        self.history[-1]["validation_miou"] = miou
+        self.log.scalars(
+            {"val/mIoU_training_labels": miou, "val/accuracy_training_labels": accuracy}, self.total_iterations
+        )
         self.log.info(
-            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {scores['Mean IoU']:.4f}"
+            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {miou:.2f} % "
+            f"({dataset.labels_of_validation(self.opts, self.task)})"
         )
 
     @torch.no_grad()

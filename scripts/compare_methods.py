@@ -12,7 +12,6 @@ A comparison that was stopped continues where it was. Beside the table, `--out` 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import dataset  # noqa: E402
 import methods  # noqa: E402
 from scripts.report import draw_steps, markdown  # noqa: E402
 from utils import scheduler  # noqa: E402
+from utils.reporting import results  # noqa: E402
 
 #: Options that change step 0 itself, so that a method which sets one needs a step 0 of its own.
 STEP0_OPTIONS = ("regularizer", "icarl", "bce", "cosine", "nb_background_modes", "focal_loss")
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
             file.write(line)
             file.flush()
             if "mIoU old" in line or "finished" in line:
-                print(f"{name}: {line.split(' (%)')[0].strip()}", flush=True)
+                print(f"{name}: {line.split(' (%')[0].strip()}", flush=True)
     if process.returncode:
         raise RuntimeError(
             f"run.py {' '.join(words)}\nended with exit code {process.returncode}:\n{log.read_text()[-2000:]}"
@@ -177,12 +177,12 @@ def _epochs(number: int | None) -> list[str]:
 def document(arguments: argparse.Namespace, name: str, task: str) -> dict:
     """JSON of one run."""
     data = argparser.parse(arguments.words).dataset
-    return json.loads((Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json").read_text())
+    return results.read(Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json")
 
 
 def percent(values: list[float | None]) -> str:
-    """Mean ± standard deviation in percent, "-" where there is nothing."""
-    present = [100 * value for value in values if value is not None]
+    """Mean ± standard deviation of percentages, "-" where there is nothing."""
+    present = [value for value in values if value is not None]
     if not present:
         return "-"
     spread = f" ± {statistics.stdev(present):.1f}" if len(present) > 1 else ""

@@ -9,12 +9,16 @@ and the loss terms moved.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.reporting import results  # noqa: E402  (the project is run from its folder, not installed)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -44,7 +48,7 @@ def draw_steps(curves: dict[str, list[list[float]]], path: Path) -> None:
     """mIoU over all classes by step, the mean over seeds with their range shaded.
 
     Args:
-        curves: by method, for each seed the mIoU of every step.
+        curves: by method, for each seed the mIoU of every step, in percent.
         path: PNG to write.
     """
     figure, _ = _figure(6, 4)
@@ -54,10 +58,10 @@ def draw_steps(curves: dict[str, list[list[float]]], path: Path) -> None:
         values = list(zip(*seeds))
         steps = range(len(values))
         longest = max(longest, len(values))
-        (line,) = axes.plot(steps, [100 * sum(v) / len(v) for v in values], marker="o", label=name)
+        (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], marker="o", label=name)
         if len(seeds) > 1:
             axes.fill_between(
-                steps, [100 * min(v) for v in values], [100 * max(v) for v in values], color=line.get_color(), alpha=0.2
+                steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2
             )
     axes.set_xticks(range(longest))
     axes.set_xlabel("step")
@@ -120,7 +124,7 @@ def steps_table(documents: list[dict]) -> str:
     """Old, new, all and the average over steps, one row a run and step."""
 
     def cell(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f}"
+        return "-" if value is None else f"{value:.2f}"
 
     rows = [
         [
@@ -134,20 +138,6 @@ def steps_table(documents: list[dict]) -> str:
     return markdown(["run", "step", "old", "new", "all", "average"], rows)
 
 
-def read(path: Path) -> dict:
-    """JSON of a run.
-
-    Raises:
-        ValueError: not one of this program's.
-    """
-    try:
-        document = json.loads(path.read_text())
-        assert isinstance(document["steps"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not the JSON of a run; give files from the folder results/") from error
-    return document
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the table and draw the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -155,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the figures")
     arguments = parser.parse_args(argv)
     try:
-        documents = [read(path) for path in arguments.files]
-    except ValueError as error:
+        documents = [results.read(path) for path in arguments.files]
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(steps_table(documents))

@@ -57,8 +57,8 @@ def test_table_by_hand():
 
     text = compare.table(
         {
-            "A": [[step(0.8, None, 0.8), step(0.5, 0.1, 0.4)], [step(0.6, None, 0.6), step(0.7, 0.3, 0.6)]],
-            "Joint": [[step(0.5, None, 0.5)], [step(0.5, None, 0.5)]],
+            "A": [[step(80, None, 80), step(50, 10, 40)], [step(60, None, 60), step(70, 30, 60)]],
+            "Joint": [[step(50, None, 50)], [step(50, None, 50)]],
         }
     )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]

@@ -1,4 +1,9 @@
-"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for."""
+"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for.
+
+Scores (IoU, accuracy and their means) are percentages in the JSON, which says so under "unit", in TensorBoard and on the terminal. The
+CSV has the format of the official programs and holds fractions, as their average_csv.py expects. Files of earlier versions, which have
+no "unit", hold fractions in the JSON too; `read` converts them.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,13 @@ from utils.types import TaskLike
 
 #: What the official CSV writes for a class that is not learned yet or does not occur.
 ABSENT = "x"
+#: Unit of all scores in the JSON.
+UNIT = "percent"
+#: Entries of a step in the JSON that are scores, numbers or dictionaries of numbers.
+SCORES = (
+    *("old", "new", "all", "average_over_steps", "overall_accuracy", "mean_accuracy", "frequency_weighted_accuracy"),
+    *("class_iou", "class_accuracy"),
+)
 
 
 def csv_path(opts: Namespace, task: TaskLike) -> Path:
@@ -39,7 +51,7 @@ def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bo
         model_state: weights by name, without the wrapper's prefix.
     """
     path = csv_path(opts, task)
-    entry = _read_json(path.with_suffix(".json"))["steps"].get(str(task.step), {})
+    entry = _read_or_empty(path.with_suffix(".json"))["steps"].get(str(task.step), {})
     return task.step in _read_rows(path) and entry.get("weights_sha256") == checkpoint_files.digest(model_state)
 
 
@@ -53,7 +65,7 @@ def check(opts: Namespace, task: TaskLike) -> None:
     path = csv_path(opts, task)
     checkpoint_files.require_places(path, path.with_suffix(".json"))
     _read_rows(path)
-    _read_json(path.with_suffix(".json"))
+    _read_or_empty(path.with_suffix(".json"))
 
 
 def write(
@@ -64,7 +76,7 @@ def write(
     Args:
         opts: results, date, name.
         task: which step was tested.
-        scores: of `Trainer.evaluate`, with the SHA-256 of the "Weights".
+        scores: of `Trainer.evaluate`, fractions, with the SHA-256 of the "Weights".
         class_names: by position in the order of learning.
         history: of `Trainer`, one entry an epoch.
 
@@ -82,7 +94,7 @@ def write(
     with FileLock(path.with_name(f".{path.stem}.lock")):
         rows = _read_rows(path)
         rows[task.step] = f"{task.step},{','.join(columns)},{scores['Mean IoU']}"
-        document = _read_json(path.with_suffix(".json"))
+        document = _read_or_empty(path.with_suffix(".json"))
         entry = _entry(task, scores, class_names, history)
         document |= _header(opts, task)
         document["steps"][str(task.step)] = entry
@@ -103,21 +115,39 @@ def _average(steps: dict[str, Any], last: int) -> float | None:
 
 def _entry(task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]) -> dict[str, Any]:
     means = group_means(scores["Class IoU"], task.at(0).num_total)
-    return {
+    fractions = {
         **means,
         "overall_accuracy": scores["Overall Acc"],
         "mean_accuracy": scores["Mean Acc"],
         "frequency_weighted_accuracy": scores["FreqW Acc"],
         "class_iou": {name: scores["Class IoU"][i] for i, name in enumerate(class_names)},
         "class_accuracy": {name: scores["Class Acc"][i] for i, name in enumerate(class_names)},
+    }
+    return percent(fractions) | {
         "weights_sha256": scores["Weights"],
         "confusion_matrix": scores["Confusion Matrix"].tolist(),
-        "epochs": history,
+        "epochs": [_epoch_in_percent(epoch) for epoch in history],
     }
+
+
+def percent(value: Any) -> Any:
+    """Fractions as percentages: a number, None, or a dictionary of these."""
+    if isinstance(value, dict):
+        return {key: percent(part) for key, part in value.items()}
+    return None if value is None else 100 * value
+
+
+def _epoch_in_percent(epoch: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the history; the validation of earlier versions, "val_miou", was a fraction."""
+    epoch = dict(epoch)
+    if "val_miou" in epoch:
+        epoch["validation_miou"] = percent(epoch.pop("val_miou"))
+    return epoch
 
 
 def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
     return {
+        "unit": UNIT,
         "dataset": task.dataset,
         "task": task.name,
         "name": opts.name,
@@ -163,18 +193,41 @@ def _read_rows(path: Path) -> dict[int, str]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An existing JSON, or an empty one; its "steps" are there in any case."""
-    if not path.is_file():
-        return {"steps": {}}
+def read(path: Path) -> dict[str, Any]:
+    """The JSON of a run, scores in percent.
+
+    Args:
+        path: written by this or an earlier version.
+
+    Returns:
+        The document; its "steps" have the entries of `write` by the number of the step, as text.
+
+    Raises:
+        ValueError: not the JSON of a run.
+        OSError: the file cannot be read.
+    """
     try:
-        document = json.loads(path.read_text())
-        well_formed = all(isinstance(entry["all"], float | None) for entry in document["steps"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entries = {str(int(step)): dict(entry) for step, entry in document["steps"].items()}
+        if document.get("unit") is None:
+            entries = {step: _entry_in_percent(entry) for step, entry in entries.items()}
+        well_formed = all(isinstance(entry["all"], float | None) for entry in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
-    if not well_formed:
+    if not well_formed or document.get("unit", UNIT) != UNIT:
         raise ValueError(f"results file {path} is not one that this program wrote; move it away, then run again")
-    return document
+    return document | {"unit": UNIT, "steps": entries}
+
+
+def _entry_in_percent(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a step in a file of an earlier version, which held fractions."""
+    scores = {key: percent(entry[key]) for key in SCORES if key in entry}
+    return entry | scores | {"epochs": [_epoch_in_percent(epoch) for epoch in entry.get("epochs", [])]}
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON of a run, or one without steps where there is none."""
+    return read(path) if path.is_file() else {"steps": {}}
 
 
 def _replace(texts: dict[Path, str]) -> None:
