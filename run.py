@@ -35,6 +35,7 @@ from dataset.sampler import EpochSampler, Interruptible, kill_workers
 from dataset.step_data import StepData, require_batches
 from dataset.tasks import Task
 from dataset.transform import denormalise
+from metrics.summary import Summary, how_to_complete
 from segmentation_module import SegmentationModel
 from train import Trainer
 from utils import scheduler
@@ -244,6 +245,8 @@ class StepRun:
                 return
             # The main process scans the files first, the others then find its cache.
             distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
+            if not plan.test_only and self.task.step == self.opts.step[0] > 0:
+                self._record_previous()
             if plan.test_only:
                 self._test_checkpoint()
             else:
@@ -269,6 +272,26 @@ class StepRun:
         self._continue_date(state)
         recorded = results.recorded(self.opts, self.task, state["model_state"])
         return Plan(finished=recorded, test_only=True)
+
+    def _record_previous(self) -> None:
+        """Record the scores of the steps before the first one of this run: without them old and average would be wrong."""
+        before = self.task.at(self.task.step - 1)
+
+        def known() -> tuple[str, bool]:
+            state = self.store.load_previous()
+            self._continue_date(state)
+            found = results.recorded(self.opts, before, state["model_state"])
+            return self.opts.date, found or results.copy_scores(self.opts, before, state)
+
+        self.opts.date, found = distributed.on_main(known)
+        if not found and self.store.starts_from_file:
+            self.log.info(
+                f"the scores of {self.opts.step_ckpt} are not in {self.opts.results}: it is tested as step {before.step}"
+            )
+            opts = copy.copy(self.opts)
+            opts.test, opts.ckpt = True, opts.step_ckpt
+            StepRun(opts, before, self.device, self.stop).go()
+            seed_everything(self.opts.random_seed)  # as before the test, which drew random weights
 
     def _continue_date(self, previous: Mapping[str, Any]) -> None:
         """The results of a task that runs past midnight stay in the file of its first step."""
@@ -407,20 +430,15 @@ class StepRun:
             raise Stopped(trainer.stop_agreed)
         scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
-        means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
-        shown = {key: f"{mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
-        self.log.info(
-            f"step {task.step} of {task.name}: test mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, average over steps "
-            f"{shown['average_over_steps']} (%, {dataset.labels_of_test(self.opts, task)}) -> {results.csv_path(self.opts, task)}"
-        )
+        means = {key: entry[key] for key in Summary._fields}
+        shown = results.describe(entry, dataset.labels_of_test(self.opts, task))
+        self.log.info(f"step {task.step} of {task.name}: {shown} -> {results.csv_path(self.opts, task)}")
+        if absent := distributed.on_main(lambda: results.missing(self.opts, task)):
+            self.log.info(f"note: no average over steps: {how_to_complete(absent)}")
         self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, iterations)
         if self.opts.visualize:
-            picture = visualize.confusion_picture(scores["Confusion Matrix"], data.class_names)
-            self.log.image("test/confusion", picture, iterations)
-            for number, (image, label, prediction) in enumerate(scores["samples"]):
-                self.log.image(
-                    f"test/sample{number}", visualize.strip(denormalise(image), label, prediction), iterations
-                )
+            for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
+                self.log.image(name, picture, iterations)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
 import dataset  # noqa: E402
 import methods  # noqa: E402
+from metrics.summary import require_complete  # noqa: E402
 from scripts.report import draw_steps, markdown  # noqa: E402
 from utils import scheduler  # noqa: E402
 from utils.reporting import results  # noqa: E402
@@ -119,21 +120,20 @@ def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[d
 
     Returns:
         The JSON entries of all steps of the method, in order.
+
+    Raises:
+        ValueError: the results of the method lack a step.
     """
     name, _ = first_run(arguments, method)
     if method == "Joint":
-        return [document(arguments, f"{name}-seed{seed}", "offline")["steps"]["0"]]
+        return entries_of(arguments, f"{name}-seed{seed}", "offline")
     opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
     start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
     own, later = of_method(arguments, method), range(1, task.last_step + 1)
     words = [*own, "--step_ckpt", str(start), *_epochs(arguments.epochs_later), *rates(arguments, own, later)]
     run(arguments, words_of(arguments, seed, method, [*words, "--step", *map(str, later)]))
-    steps = {
-        **document(arguments, f"{name}-seed{seed}", task.name)["steps"],
-        **document(arguments, f"{method}-seed{seed}", task.name)["steps"],
-    }
-    return [steps[str(step)] for step in range(task.last_step + 1)]
+    return entries_of(arguments, f"{method}-seed{seed}", task.name)
 
 
 def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
@@ -174,10 +174,13 @@ def _epochs(number: int | None) -> list[str]:
     return [] if number is None else ["--epochs", str(number)]
 
 
-def document(arguments: argparse.Namespace, name: str, task: str) -> dict:
-    """JSON of one run."""
+def entries_of(arguments: argparse.Namespace, name: str, task: str) -> list[dict]:
+    """JSON entries of all steps of one run, in order."""
     data = argparser.parse(arguments.words).dataset
-    return results.read(Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json")
+    path = Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json"
+    steps = results.read(path)["steps"]
+    require_complete(map(int, steps), path)
+    return list(steps.values())
 
 
 def percent(values: list[float | None]) -> str:
@@ -198,9 +201,9 @@ def table(entries: dict[str, list[list[dict]]]) -> str:
     rows = []
     for method, seeds in entries.items():
         last = [steps[-1] for steps in seeds]
-        average = [statistics.fmean(step["all"] for step in steps) for steps in seeds]
-        columns = [percent([entry[key] for entry in last]) for key in ("old", "new", "all")]
-        rows.append([method, *columns, percent(average)])
+        rows.append(
+            [method, *(percent([entry[key] for entry in last]) for key in ("old", "new", "all", "average_over_steps"))]
+        )
     return markdown(["method", "old", "new", "all", "average over steps"], rows)
 
 
@@ -242,14 +245,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         entries = train_all(arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(entries)
     out = Path(arguments.out)
     (out / "table.md").write_text(text + "\n")
     curves = {
-        method: [[step["all"] for step in steps] for steps in seeds]
+        method: [{number: step["all"] for number, step in enumerate(steps)} for steps in seeds]
         for method, seeds in entries.items()
         if len(seeds[0]) > 1
     }

@@ -122,7 +122,7 @@ def test_tensorboard_has_every_term_by_name(trained):
     assert before[("learning_rate", 1)] > before[("learning_rate", 5)] > 0
     assert {name for name, _ in after} == {
         "loss/ce", "loss/pod", "loss/total", "learning_rate", "val/mIoU_training_labels", "val/accuracy_training_labels",
-        "test/old", "test/new", "test/all", "test/average_over_steps",
+        "test/old", "test/new", "test/all", "test/harmonic_mean", "test/average_over_steps",
     }  # fmt: skip
     entry = thin.document(trained)["steps"]["1"]
     assert next(v for (name, _), v in after.items() if name == "test/all") == pytest.approx(entry["all"])

@@ -52,12 +52,12 @@ def test_words_for_no_method_are_refused(text, capsys):
 
 
 def test_table_by_hand():
-    def step(old, new, every):
-        return {"old": old, "new": new, "all": every}
+    def step(old, new, every, average=None):
+        return {"old": old, "new": new, "all": every, "average_over_steps": average or every}
 
     text = compare.table(
         {
-            "A": [[step(80, None, 80), step(50, 10, 40)], [step(60, None, 60), step(70, 30, 60)]],
+            "A": [[step(80, None, 80), step(50, 10, 40, 60)], [step(60, None, 60), step(70, 30, 60, 60)]],
             "Joint": [[step(50, None, 50)], [step(50, None, 50)]],
         }
     )
@@ -79,6 +79,10 @@ def test_a_comparison_from_end_to_end(tmp_path, capfd):
     assert stored["all_shapes_6-4_EWC-seed42"]["options"]["reg_importance"] == 3
     rates = {name.split("_")[-1]: document["options"]["lr_of_step"] for name, document in stored.items()}
     assert rates == {"base-seed42": 0.01, "EWC-seed42": 0.002, "FT-seed42": 0.002}
+    shared, later = (stored[f"all_shapes_6-4_{name}-seed42"]["steps"] for name in ("base", "FT"))
+    assert later["0"] == shared["0"]
+    assert later["1"]["average_over_steps"] == pytest.approx((later["0"]["all"] + later["1"]["all"]) / 2)
+    assert f"| {later['1']['average_over_steps']:.1f} " in (out / "table.md").read_text()
     first = capfd.readouterr().out
     assert compare.main(words) == 0  # nothing is trained twice
     again = capfd.readouterr().out

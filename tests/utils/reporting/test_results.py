@@ -166,7 +166,14 @@ def test_a_file_in_another_unit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "null", '{"steps": 3}', '{"steps": {"0": {}}}', '{"steps": {"0": {"all": "x"}}}', "\xff"]
+    "text",
+    [
+        *("{", "[]", "null", '{"steps": 3}', '{"steps": {"0": {}}}', '{"steps": {"0": {"all": "x"}}}', "\xff"),
+        '{"steps": {}}',
+        '{"steps": {}, "dataset": "folder", "task": "../3-1", "name": "n"}',
+        '{"steps": {"a": {}}, "dataset": "folder", "task": "3-1", "name": "n"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_json_of_others_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "d_folder_3-1_n.json"
