@@ -385,10 +385,11 @@ class StepRun:
                     trainer.trial(data.batches)
             trainer.fit(data.batches, data.val_loader, lambda: self._save_unfinished(trainer))
         except NonFiniteLoss:
-            state = trainer.state_dict()
+            state = trainer.divergence.state or trainer.state_dict()
             aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
             distributed.on_main(lambda: checkpoint_files.save(aside, {"state": state}))
-            self.log.info(f"the state before the non-finite loss is in {aside}")
+            when = "in which it began to diverge" if trainer.divergence.state else "in which it was not finite"
+            self.log.info(f"the state before the iteration {when} is in {aside}")
             raise
         trainer.method.end_step(trainer.network, data.batches, self.device)
         state = trainer.state_dict()

@@ -19,8 +19,10 @@ The hooks of a part, in the order in which a step calls them. "Resumed" says wha
     phases              before and after the main training, `methods.phase`     all         continued at the same iteration
     prepare             every iteration, before the student's forward pass      all         -
     terms               every iteration, after it                               all         -
+    penalties           every iteration, before the backward pass               all         -
     after_backward      every iteration, before the optimiser's step            all         -
     after_step          every iteration, after it                               all         -
+    remedies            a loss diverges or is not finite                        all         -
     end_epoch           after every epoch                                       all         -
     end_step            after the last epoch and phase, before the checkpoint   all         called, if the step did not get so far
     export              a checkpoint of the finished step is written            all         -
@@ -30,6 +32,7 @@ The hooks of a part, in the order in which a step calls them. "Resumed" says wha
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -40,6 +43,7 @@ from torch import Tensor, nn
 from dataset.base import SegmentationSet
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
+from methods.previous import Previous
 from segmentation_module import SegmentationModel
 from utils.balance.equilibrium import Balancer, Sum, TermSpec
 from utils.runtime import distributed
@@ -47,44 +51,6 @@ from utils.types import Batch
 
 if TYPE_CHECKING:
     from methods.phase import Phase
-
-
-class Previous(NamedTuple):
-    """What step t−1 left for a part; both are empty at step 0.
-
-    Attributes:
-        state: what the part's own `state_dict` returned at the end of step t−1; empty where that step had no such part.
-        weights: the network of step t−1 as its checkpoint stores it, by parameter and buffer name.
-        file: name of that checkpoint, for messages.
-    """
-
-    state: Mapping[str, Any] = {}
-    weights: Mapping[str, Tensor] = {}
-    file: str = "the checkpoint of the previous step"
-
-    @classmethod
-    def of_part(cls, checkpoint: Mapping[str, Any], state_key: str) -> Previous:
-        """What a checkpoint holds for a part.
-
-        Args:
-            checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; empty at step 0.
-            state_key: of the part.
-
-        Raises:
-            ValueError: the states of the parts are no dictionary.
-        """
-        file = checkpoint.get("file", "the checkpoint of the previous step")
-        states: dict[str, Any] = {}
-        for key in ("trainer_state", "method_state"):
-            found = checkpoint.get(key) or {}
-            if not isinstance(found, dict):
-                raise ValueError(
-                    f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "
-                    "another file with --step_ckpt"
-                )
-            states |= found
-        own = states.get(state_key) if state_key else None
-        return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
 
 
 class Rules(NamedTuple):
@@ -232,8 +198,16 @@ class Part:
         """Named scalar losses of a batch that has its student."""
         return {}
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Add to the gradients after the main backward pass; returns scalar losses by name, which enter the reported total."""
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Named scalars that depend on the parameters alone and are added to the total loss; called without gradient before the backward
+        pass. The part adds their gradient in `after_backward`."""
+        return {}
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """Add to the gradients, after the main backward pass and before the optimiser's step."""
+
+    def remedies(self) -> dict[str, str]:
+        """By the name of a term, what to change when that term diverges or is not finite."""
         return {}
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
@@ -410,12 +384,33 @@ class Method:
             merged |= found
         return merged
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Gradients that are added after the main backward pass; returns their losses by name."""
-        losses: dict[str, Tensor] = {}
+    @torch.no_grad()
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Named scalars that depend on the parameters alone and belong to the total loss."""
+        merged: dict[str, Tensor] = {}
         for part in self.parts:
-            losses |= part.after_backward(model)
-        return losses
+            merged |= part.penalties(model)
+        return merged
+
+    def remedy(self, values: dict[str, float]) -> str:
+        """What a part proposes to change when a loss diverges or is not finite.
+
+        Args:
+            values: losses by name, the total as "loss".
+
+        Returns:
+            The proposal for a term that is not finite, or else for the largest; "" where no part has one.
+        """
+        terms = {name: value for name, value in values.items() if name != "loss"}
+        guilty = [name for name, value in terms.items() if not math.isfinite(value)]
+        guilty = guilty or [max(terms, key=lambda name: abs(terms[name]))]
+        proposed = {name: text for part in self.parts for name, text in part.remedies().items()}
+        return next((proposed[name] for name in guilty if name in proposed), "")
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """Add the gradients of the penalties."""
+        for part in self.parts:
+            part.after_backward(model)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Called after the optimiser has moved the parameters."""

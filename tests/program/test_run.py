@@ -304,7 +304,8 @@ def test_a_non_finite_loss_ends_with_names_and_a_state_for_study(tmp_path, capsy
     assert "batch: shapes/train/" in err
     aside = tmp_path / "checkpoints" / "6-2-shapes_n_0.nonfinite.pth"
     assert str(aside) in out
-    assert checkpoint_files.load(aside)["state"]["model"]
+    state = checkpoint_files.load(aside)["state"]["model"]
+    assert all(value.isfinite().all() for value in state.values())  # the statistics of the norms, too
     assert not (tmp_path / "checkpoints" / BASE).exists() and not (tmp_path / "results" / "d_shapes_6-2_n.csv").exists()
     capsys.readouterr()
     assert thin.launch(tmp_path, "--task 6-2 --step 0 --skip_nonfinite 100") == 0

@@ -1,0 +1,46 @@
+"""What step t−1 left for a part of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Previous(NamedTuple):
+    """What step t−1 left for a part; both are empty at step 0.
+
+    Attributes:
+        state: what the part's own `state_dict` returned at the end of step t−1; empty where that step had no such part.
+        weights: the network of step t−1 as its checkpoint stores it, by parameter and buffer name.
+        file: name of that checkpoint, for messages.
+    """
+
+    state: Mapping[str, Any] = {}
+    weights: Mapping[str, Tensor] = {}
+    file: str = "the checkpoint of the previous step"
+
+    @classmethod
+    def of_part(cls, checkpoint: Mapping[str, Any], state_key: str) -> Previous:
+        """What a checkpoint holds for a part.
+
+        Args:
+            checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; empty at step 0.
+            state_key: of the part.
+
+        Raises:
+            ValueError: the states of the parts are no dictionary.
+        """
+        file = checkpoint.get("file", "the checkpoint of the previous step")
+        states: dict[str, Any] = {}
+        for key in ("trainer_state", "method_state"):
+            found = checkpoint.get(key) or {}
+            if not isinstance(found, dict):
+                raise ValueError(
+                    f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "
+                    "another file with --step_ckpt"
+                )
+            states |= found
+        own = states.get(state_key) if state_key else None
+        return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
