@@ -2,10 +2,18 @@
 
 import json
 import shlex
+from argparse import Namespace
 
 import pytest
+import torch
 
+import argparser
+import methods
 from scripts import compare_methods as compare
+from tests.support import thin
+from train import Trainer
+from utils.checkpointing import checkpoint_files
+from utils.reporting.logger import Logger
 
 TINY = shlex.split(
     "--dataset shapes --task 6-4 --overlap --backbone resnet18 --no_pretrained --crop_size 32 --batch_size 4 --shapes_train 12 "
@@ -21,6 +29,82 @@ def test_methods_share_step_0_unless_it_differs():
     assert names == {
         "FT": "base", "PLOP": "base", "LSKD": "base", "MiB": "base", "EWC": "EWC", "LWF-MC": "LWF-MC", "Joint": "Joint"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "shared"),
+    [
+        ("--lr 0.5", False),
+        ("--lr 0.01 0.5", True),  # step 0's is the one of all
+        ("--weight_decay 0", False),
+        ("--momentum 0.5", False),
+        ("--crop_size 48", False),
+        ("--batch_size 2", False),
+        ("--ppp 2", False),
+        ("--ce_factor 1", True),  # the default
+        ("--sample_weights_new 2", False),
+        ("--ce_on_new", False),
+        ("--epochs 7", False),
+        ("--freeze", False),
+        ("--fix_bn", False),
+        ("--lr_policy step", False),
+        ("--shapes_train 13", False),
+        ("--backbone resnet34", False),
+        ("--opt_level O1", False),
+        ("--pooling 4", False),
+        ("--no_mask", False),
+        ("--reg_alpha 0.5", False),
+        ("--pod_factor 0.5 --loss_kd 3 --unkd", True),
+    ],
+)
+def test_an_option_that_changes_step_0_takes_a_step_0_of_its_own(words, shared):
+    arguments = compare.parse(["--methods", "FT", "PLOP", "--only", f"PLOP={words}", "--", *TINY])
+    assert compare.first_run(arguments, "PLOP")[0] == ("base" if shared else "PLOP")
+    assert compare.first_run(arguments, "FT")[0] == "base"
+
+
+def test_epochs_of_step_0_may_be_those_of_all():
+    only = ["--only", "PLOP=--epochs 7", "--", *TINY]
+    assert compare.first_run(compare.parse(["--epochs_step0", "3", *only]), "PLOP")[0] == "base"
+
+
+def test_options_of_later_steps_do_not_change_step_0():
+    """A step 0 trained with a value other than the default of each of them has the weights, and the importance, of one without."""
+
+    def trained(changes):
+        with thin.program():
+            step = thin.Step("--regularizer rw --reg_iterations 1", steps=((0, 1, 2),))
+            opts = Namespace(**{**vars(step.opts), **changes})
+            method = methods.build(opts, step.task)
+            method.attach(step.model, {})
+            trainer = Trainer(opts, step.task, method, step.model, None, torch.device("cpu"), Logger(progress=False))
+            trainer.start(4)
+            for seed in range(2):
+                trainer.train_iteration(thin.images(2, seed=seed), thin.bands(0, 1, 2, 255))
+            method.end_step(step.model)
+            return checkpoint_files.digest([step.model.state_dict(), method.state_dict()])
+
+    others = {
+        "focal_loss_new": True, "kd_mask": "new", "kd_bce_sig_shape": "sum", "temperature_apply": "all", "pseudo": "entropy",
+        "step_threshold": 0.1, "median": "exact", "pseudo_nb_bins": 7, "pseudo_soft": "soft_certain", "soft_loss": "mended",
+        "pseudo_ablation": "removed_errors", "pod": "local", "pod_options": {"switch": {"after": {"factor": 0.5}}},
+        "pod_prepro": "abs", "pod_apply": "backbone", "spp_scales": [1], "pod_deeplab_mask_factor": 0.5,
+        "tap_schemes": ("md",) * 6, "mask_distance": "cos", "mask_rule": "whc", "channel_rule": "mended",
+        "init_multimodal": "max", "align_weight": "old", "align_weight_frequency": "epoch", "lr_old": 0.5,
+    }  # fmt: skip
+    plain = vars(argparser.parse([]))
+    for dest in compare.LATER_OPTIONS - set(others):  # switches and factors
+        others[dest] = not plain[dest] if isinstance(plain[dest], bool) else plain[dest] + 1.5
+    assert set(others) == compare.LATER_OPTIONS and all(plain[dest] != value for dest, value in others.items())
+    reference = trained({})
+    # all at once, and those by themselves that another one would hide
+    assert trained(others) == reference
+    assert [
+        dest
+        for dest in ("focal_loss_new", "unce", "mask_rule", "pod", "pseudo")
+        if trained({dest: others[dest]}) != reference
+    ] == []
+    assert trained({"ce_factor": 2.0}) != reference and trained({"reg_alpha": 0.5}) != reference
 
 
 def test_words_for_one_method():
