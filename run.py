@@ -280,8 +280,7 @@ class StepRun:
         def known() -> tuple[str, bool]:
             state = self.store.load_previous()
             self._continue_date(state)
-            found = results.recorded(self.opts, before, state["model_state"])
-            return self.opts.date, found or results.copy_scores(self.opts, before, state)
+            return self.opts.date, results.copy_scores(self.opts, before, state)
 
         self.opts.date, found = distributed.on_main(known)
         if not found and self.store.starts_from_file:
@@ -400,7 +399,11 @@ class StepRun:
     def _continue(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
         self._continue_date(resumed)
         trainer.load_state_dict(resumed["state"])
-        self.log.info(f"resumed step {self.task.step} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
+        epochs = self.opts.epochs
+        place = f"epoch {trainer.epoch + 1}/{epochs}, iteration {trainer.iteration + 1}/{trainer.iterations_per_epoch}"
+        if trainer.epoch == epochs:  # stopped in the validation that follows
+            place = f"the end of epoch {epochs}/{epochs}"
+        self.log.info(f"resumed step {self.task.step} at {place}")
 
     def _prepare_outputs(self, trainer: Trainer, fresh: bool) -> None:
         """Refuse outputs that would fail at the end of the step, then open them."""
@@ -431,12 +434,12 @@ class StepRun:
             raise Stopped(trainer.stop_agreed)
         scores["Weights"] = checkpoint_files.digest(trainer.network.state_dict())
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
-        means = {key: entry[key] for key in Summary._fields}
-        shown = results.describe(entry, dataset.labels_of_test(self.opts, task))
-        self.log.info(f"step {task.step} of {task.name}: {shown} -> {results.csv_path(self.opts, task)}")
+        said = results.describe(entry, dataset.labels_of_test(self.opts, task))
+        self.log.info(f"step {task.step} of {task.name}: {said} -> {results.csv_path(self.opts, task)}")
         if absent := distributed.on_main(lambda: results.missing(self.opts, task)):
             self.log.info(f"note: no average over steps: {how_to_complete(absent)}")
-        self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, iterations)
+        figures = {f"test/{key}": entry[key] for key in Summary._fields if entry[key] is not None}
+        self.log.scalars(figures, iterations)
         if self.opts.visualize:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)

@@ -227,7 +227,7 @@ def test_a_stop_request_is_obeyed_and_continued(place, whole, copy_of, monkeypat
     out = capsys.readouterr().out
     assert ("resumed step 1 at epoch" in out) == (place not in ("begin", "test"))
     if place == "iteration 6":
-        assert "resumed step 1 at epoch 2, iteration 3" in out
+        assert "resumed step 1 at epoch 2/3, iteration 3/4" in out
     check(folder, whole, "lskd")
 
 

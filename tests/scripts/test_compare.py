@@ -2,18 +2,16 @@
 
 import json
 import shlex
-from argparse import Namespace
 
 import pytest
 import torch
 
 import argparser
 import methods
+from dataset.sampler import FixedBatches
 from scripts import compare_methods as compare
 from tests.support import thin
-from train import Trainer
 from utils.checkpointing import checkpoint_files
-from utils.reporting.logger import Logger
 
 TINY = shlex.split(
     "--dataset shapes --task 6-4 --overlap --backbone resnet18 --no_pretrained --crop_size 32 --batch_size 4 --shapes_train 12 "
@@ -74,15 +72,17 @@ def test_options_of_later_steps_do_not_change_step_0():
     def trained(changes):
         with thin.program():
             step = thin.Step("--regularizer rw --reg_iterations 1", steps=((0, 1, 2),))
-            opts = Namespace(**{**vars(step.opts), **changes})
-            method = methods.build(opts, step.task)
-            method.attach(step.model, {})
-            trainer = Trainer(opts, step.task, method, step.model, None, torch.device("cpu"), Logger(progress=False))
-            trainer.start(4)
-            for seed in range(2):
-                trainer.train_iteration(thin.images(2, seed=seed), thin.bands(0, 1, 2, 255))
-            method.end_step(step.model)
-            return checkpoint_files.digest([step.model.state_dict(), method.state_dict()])
+            vars(step.opts).update(changes)
+            step.method = methods.build(step.opts, step.task)
+            step.method.attach(step.model, None)
+            trainer, batches = (
+                step.trainer(),
+                [(thin.images(2, seed=seed), thin.bands(0, 1, 2, 255)) for seed in (0, 1)],
+            )
+            for images, labels in batches:
+                trainer.train_iteration(images, labels)
+            step.method.end_step(step.model, FixedBatches(batches), torch.device("cpu"))
+            return checkpoint_files.digest([step.model.state_dict(), step.method.state_dict()])
 
     others = {
         "focal_loss_new": True, "kd_mask": "new", "kd_bce_sig_shape": "sum", "temperature_apply": "all", "pseudo": "entropy",

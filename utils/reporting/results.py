@@ -141,12 +141,14 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
         state: the checkpoint as `store.read` returns it.
 
     Returns:
-        Whether `--results` has them: of these very weights, and tested with the same options.
+        Whether the results of this run have them now: of these very weights, and tested with the same options.
 
     Raises:
         ValueError: the file of this run holds the results of another task.
         OSError: the folder cannot be written; neither file is changed.
     """
+    if recorded(opts, task, state["model_state"]):
+        return True
     theirs = Namespace(**{**vars(opts), **{key: state.get("options", {}).get(key) for key in ("date", "name")}})
     if not all(PART_OF_FILE_NAME.fullmatch(str(part)) for part in (theirs.date, theirs.name)):
         return False
