@@ -35,6 +35,7 @@ from dataset.sampler import EpochSampler, Interruptible, kill_workers
 from dataset.step_data import StepData, require_batches
 from dataset.tasks import Task
 from dataset.transform import denormalise
+from metrics.summary import Summary, how_to_complete
 from segmentation_module import SegmentationModel
 from train import Trainer
 from utils import scheduler
@@ -244,6 +245,8 @@ class StepRun:
                 return
             # The main process scans the files first, the others then find its cache.
             distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
+            if not plan.test_only and self.task.step == self.opts.step[0] > 0:
+                self._record_previous()
             if plan.test_only:
                 self._test_checkpoint()
             else:
@@ -269,6 +272,25 @@ class StepRun:
         self._continue_date(state)
         recorded = results.recorded(self.opts, self.task, state["model_state"])
         return Plan(finished=recorded, test_only=True)
+
+    def _record_previous(self) -> None:
+        """Record the scores of the steps before the first one of this run: without them old and average would be wrong."""
+        before = self.task.at(self.task.step - 1)
+
+        def known() -> tuple[str, bool]:
+            state = self.store.load_previous()
+            self._continue_date(state)
+            return self.opts.date, results.copy_scores(self.opts, before, state)
+
+        self.opts.date, found = distributed.on_main(known)
+        if not found and self.store.starts_from_file:
+            self.log.info(
+                f"the scores of {self.opts.step_ckpt} are not in {self.opts.results}: it is tested as step {before.step}"
+            )
+            opts = copy.copy(self.opts)
+            opts.test, opts.ckpt = True, opts.step_ckpt
+            StepRun(opts, before, self.device, self.stop).go()
+            seed_everything(self.opts.random_seed)  # as before the test, which drew random weights
 
     def _continue_date(self, previous: Mapping[str, Any]) -> None:
         """The results of a task that runs past midnight stay in the file of its first step."""
@@ -363,10 +385,11 @@ class StepRun:
                     trainer.trial(data.batches)
             trainer.fit(data.batches, data.val_loader, lambda: self._save_unfinished(trainer))
         except NonFiniteLoss:
-            state = trainer.state_dict()
+            state = trainer.divergence.state or trainer.state_dict()
             aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
             distributed.on_main(lambda: checkpoint_files.save(aside, {"state": state}))
-            self.log.info(f"the state before the non-finite loss is in {aside}")
+            when = "in which it began to diverge" if trainer.divergence.state else "in which it was not finite"
+            self.log.info(f"the state before the iteration {when} is in {aside}")
             raise
         trainer.method.end_step(trainer.network, data.batches, self.device)
         state = trainer.state_dict()
@@ -377,7 +400,11 @@ class StepRun:
     def _continue(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
         self._continue_date(resumed)
         trainer.load_state_dict(resumed["state"])
-        self.log.info(f"resumed step {self.task.step} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
+        epochs = self.opts.epochs
+        place = f"epoch {trainer.epoch + 1}/{epochs}, iteration {trainer.iteration + 1}/{trainer.iterations_per_epoch}"
+        if trainer.epoch == epochs:  # stopped in the validation that follows
+            place = f"the end of epoch {epochs}/{epochs}"
+        self.log.info(f"resumed step {self.task.step} at {place}")
 
     def _prepare_outputs(self, trainer: Trainer, fresh: bool) -> None:
         """Refuse outputs that would fail at the end of the step, then open them."""
@@ -410,20 +437,15 @@ class StepRun:
             raise Stopped(trainer.stop_agreed)
         scores["Weights"] = weights
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
-        means = {key: entry[key] for key in ("old", "new", "all", "average_over_steps")}
-        shown = {key: f"{100 * mean:.2f}" if mean is not None else "-" for key, mean in means.items()}
-        self.log.info(
-            f"step {task.step} of {task.name}: mIoU old {shown['old']}, new {shown['new']}, all {shown['all']}, "
-            f"average over steps {shown['average_over_steps']} (%) -> {results.csv_path(self.opts, task)}"
-        )
-        self.log.scalars({f"test/{key}": mean for key, mean in means.items() if mean is not None}, iterations)
+        said = results.describe(entry, dataset.labels_of_test(self.opts, task))
+        self.log.info(f"step {task.step} of {task.name}: {said} -> {results.csv_path(self.opts, task)}")
+        if absent := distributed.on_main(lambda: results.missing(self.opts, task)):
+            self.log.info(f"note: no average over steps: {how_to_complete(absent)}")
+        figures = {f"test/{key}": entry[key] for key in Summary._fields if entry[key] is not None}
+        self.log.scalars(figures, iterations)
         if self.opts.visualize:
-            picture = visualize.confusion_picture(scores["Confusion Matrix"], data.class_names)
-            self.log.image("test/confusion", picture, iterations)
-            for number, (image, label, prediction) in enumerate(scores["samples"]):
-                self.log.image(
-                    f"test/sample{number}", visualize.strip(denormalise(image), label, prediction), iterations
-                )
+            for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
+                self.log.image(name, picture, iterations)
 
 
 if __name__ == "__main__":

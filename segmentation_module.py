@@ -19,6 +19,7 @@ from modules.pretrained import load_backbone
 from modules.resnet import ResNet
 from modules.upsample import upsample
 from utils.checkpointing.store import Store, read
+from utils.runtime.amp import at_least_float32
 from utils.types import TAP_NAMES, Taps
 
 #: Channels of the head's output, the features of the classifiers.
@@ -61,7 +62,8 @@ class SegmentationModel(nn.Module):
         small = self.cls(pre_logits)
         logits = small
         if full_size:
-            logits = upsample(small, images.shape[2:])
+            # Interpolated in half precision, close logits become equal, and arg-max takes the lower of two classes.
+            logits = upsample(at_least_float32(small), images.shape[2:])
         return Taps(logits, small, body, pre_logits, attentions, self.body.slope)
 
     def train(self, mode: bool = True) -> SegmentationModel:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dataset
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method
@@ -28,11 +29,15 @@ from utils.optimizer import make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
 from utils.runtime import amp, distributed
+from utils.runtime.divergence import DivergenceWatch, copy_to_cpu
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped
 
 #: Counts the changes after which a run continued from an older state would not go on exactly: such states are refused.
-STATE_VERSION = 3
+STATE_VERSION = 4
+
+#: What helps against most losses that diverge or are not finite.
+REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 
 class Trainer:
@@ -66,6 +71,7 @@ class Trainer:
         self.best_score = 0.0
         self.stop_agreed = 0
         self.meters = Meters()
+        self.divergence = DivergenceWatch()
         self.history: list[dict[str, Any]] = []
         if opts.fix_bn:
             model.fix_bn()
@@ -205,47 +211,70 @@ class Trainer:
         images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True).long()
         self.optimizer.zero_grad(set_to_none=True)
-        buffers = [buffer.clone() for buffer in self.network.buffers()] if self.opts.skip_nonfinite else []
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
             batch = batch.with_student(self.balancer.detach_taps(self.model(images)))
         self.balancer.gradient_scale = self.precision.gradient_scale
         terms = self.method.terms(batch)
         loss = self.balancer.combine(terms)
-        values = self._agree(loss, terms)
+        penalties = self.method.penalties(self.network)
+        values = self._agree(sum(penalties.values(), start=loss.detach()), terms | penalties)
         batch.release_taps()  # what the backward pass does not need makes room for it
         del terms
         if not all(math.isfinite(value) for value in values.values()):
-            self._tolerate(values)
             self._restore_buffers(buffers)
+            self._tolerate(values)
             self.scheduler.step()
             return {}
+        if self.divergence.begins(values):
+            self._warn_of_divergence(values, buffers)
         self.precision.backward(loss, self.optimizer)
         self.balancer.after_backward()
-        values |= {name: float(value) for name, value in self.method.after_backward(self.network).items()}
+        self.method.after_backward(self.network)
         self.precision.step(self.optimizer)
         self.method.after_step(self.network, batch)
         self.scheduler.step()
         return values
 
-    def _agree(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    def _agree(self, total: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
         """Average the losses over processes, and learn in the same message whether any of them was asked to stop."""
-        vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), loss)])  # n
+        vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), total)])  # n
         vector = torch.cat([vector, vector.new_tensor([float(self.context.stop.signum)])])  # n+1
         *values, asked = distributed.mean_(vector).tolist()
         self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum) if asked else 0
         return dict(zip((*terms, "loss"), values))
 
+    def _place(self, values: dict[str, float]) -> str:
+        """Iteration and losses, for messages."""
+        named = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        return f"step {self.task.step}, epoch {self.epoch + 1}, iteration {self.iteration + 1}: {named}"
+
     def _tolerate(self, values: dict[str, float]) -> None:
         self.skipped += 1
-        named = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-        where = f"step {self.task.step}, epoch {self.epoch + 1}, iteration {self.iteration + 1}"
         files = ", ".join(self.context.files_of_batch(self.iteration))
-        named += f"; batch: {files}" if files else ""
-        if self.skipped > self.opts.skip_nonfinite:
-            remedy = "lower --lr, --pod_factor or --loss_kd, or skip such batches with --skip_nonfinite N"
-            raise NonFiniteLoss(f"non-finite loss at {where}: {named}; {remedy}")
-        self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}: {named}")
+        where = self._place(values) + (f"; batch: {files}" if files else "")
+        if self.skipped <= self.opts.skip_nonfinite:
+            self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}")
+            return
+        if self.divergence.values:  # no batch is to blame, and no other term than the one that grew first
+            remedy = self.method.remedy(self.divergence.values) or REMEDY
+            raise NonFiniteLoss(f"non-finite loss after it diverged, at {where}; {remedy}")
+        remedy = self.method.remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
+        raise NonFiniteLoss(f"non-finite loss at {where}; {remedy}")
+
+    def _warn_of_divergence(self, values: dict[str, float], buffers: list[Tensor]) -> None:
+        """Say it once in a step, and keep the state before this iteration for the case that the loss is not finite soon."""
+        before = dict(zip((name for name, _ in self.network.named_buffers()), buffers))
+        state = self.state_dict()
+        # The backward pass needs the buffers as the forward pass left them, so only the copy takes the old ones
+        self.divergence.state = copy_to_cpu(state | {"model": state["model"] | before})
+        if not self.divergence.warned:
+            self.divergence.warned = True
+            self.log.info(
+                f"warning: the loss diverges, {self._place(values)}; it was {self.divergence.reference:.6g} in the first iteration; "
+                f"{self.method.remedy(values) or REMEDY}"
+            )
 
     def _report(self, values: dict[str, float], bar) -> None:
         self.meters.update(values)
@@ -287,11 +316,15 @@ class Trainer:
             raise Stopped(self.stop_agreed)
         self.method.end_validation(self.network)
         self.validated_epoch = self.epoch
-        self.best_score = max(self.best_score, scores["Mean IoU"])
-        self.history[-1]["val_miou"] = scores["Mean IoU"]
-        self.log.scalars({"val/mIoU": scores["Mean IoU"], "val/accuracy": scores["Overall Acc"]}, self.total_iterations)
+        self.best_score = max(self.best_score, scores["Mean IoU"])  # a fraction, as in the official checkpoints
+        miou, accuracy = 100 * scores["Mean IoU"], 100 * scores["Overall Acc"]
+        self.history[-1]["validation_miou"] = miou
+        self.log.scalars(
+            {"val/mIoU_training_labels": miou, "val/accuracy_training_labels": accuracy}, self.total_iterations
+        )
         self.log.info(
-            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {scores['Mean IoU']:.4f}"
+            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {miou:.2f} % "
+            f"({dataset.labels_of_validation(self.opts, self.task)})"
         )
 
     @torch.no_grad()
@@ -363,6 +396,7 @@ class Trainer:
             "position": [self.epoch, self.iteration, self.validated_epoch, self.skipped],
             "meters": [self.meters.sums, self.meters.count],
             "best_score": self.best_score,
+            "divergence": [self.divergence.reference, self.divergence.warned],
             "history": self.history,
             "iterations": self.total_iterations,
             "random": distributed.gather_objects(random_state(self.device)),
@@ -395,6 +429,7 @@ class Trainer:
             )
         parts = {name: getattr(self, name) for name in ("scheduler", "precision", "balancer")} | {"model": self.network}
         mine = {name: part.state_dict() for name, part in parts.items()} | {"position": [0] * 4, "best_score": 0.0}
+        mine["divergence"] = [None, False]
         if not (mine["precision"] and state["precision"]):  # a scaler has no state on the CPU
             del mine["precision"]
         structure.require_fit(mine, {name: state[name] for name in mine}, "state")
@@ -410,4 +445,5 @@ class Trainer:
         self.meters.sums, self.meters.count = state["meters"]
         self.best_score = state["best_score"]
         self.history[:] = state["history"]
+        self.divergence.reference, self.divergence.warned = state["divergence"]
         set_random_state(random[distributed.rank()], self.device)

@@ -33,8 +33,12 @@ DATASETS: dict[str, Layout | None] = {
 }
 
 __all__ = [
-    "DATASETS", "SegmentationSet", "Splits", "Task", "build", "check_data", "class_names", "load_task", "replay_set"
-]  # fmt: skip
+    *("DATASETS", "SegmentationSet", "Splits", "Task"),
+    *("build", "check_data", "class_names", "load_task", "replay_set", "labels_of_test", "labels_of_validation"),
+]
+
+
+_ALL_LABELS = "labels of all classes learned so far"
 
 
 def class_names(opts: Namespace) -> tuple[str, ...]:
@@ -75,8 +79,7 @@ def build(opts: Namespace, task: Task) -> Splits:
         ValueError: no image belongs to one of the three, or a file of the data set cannot be used.
     """
     train_source, val_source = _source(opts, train=True), _source(opts, train=False)
-    masking = "current+old" if opts.no_mask else opts.data_masking
-    learning = task.label_table(masking, ignore_background=opts.disable_background)
+    learning = task.label_table(_masking(opts), ignore_background=opts.disable_background)
     evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
 
     def chosen(train: bool, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
@@ -110,6 +113,25 @@ def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> Segmentat
     return _labelled(source, np.asarray(indices), labels, TrainTransform(opts.crop_size), opts.random_seed, task.step)
 
 
+def labels_of_validation(opts: Namespace, task: Task) -> str:
+    """Which labels the validation of a step counts, in words.
+
+    Args:
+        opts: data_masking, no_mask, disable_background.
+        task: the step.
+    """
+    masking = _masking(opts)
+    if task.domain or masking == "current+old":
+        return _ALL_LABELS
+    ignored = masking == "new" or opts.disable_background
+    return f"labels of step {task.step} alone, all other pixels {'ignored' if ignored else 'background'}"
+
+
+def labels_of_test(opts: Namespace, task: Task) -> str:
+    """Which labels the test of a step counts, in words; the arguments are those of `labels_of_validation`, and test_on_val."""
+    return labels_of_validation(opts, task) if opts.test_on_val else _ALL_LABELS
+
+
 def check_data(opts: Namespace, task: Task) -> list[str]:
     """Reads every mask of the data set, and every image that the step uses or may use, in parallel.
 
@@ -131,6 +153,11 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
             found[index] = problem
         problems += [line for problem in found for line in problem.splitlines()]
     return problems
+
+
+def _masking(opts: Namespace) -> str:
+    """What survives in the labels of training and validation images."""
+    return "current+old" if opts.no_mask else opts.data_masking
 
 
 def _layout(opts: Namespace) -> Layout | None:

@@ -19,8 +19,10 @@ The hooks of a part, in the order in which a step calls them. "Resumed" says wha
     phases              before and after the main training, `methods.phase`     all         continued at the same iteration
     prepare             every iteration, before the student's forward pass      all         -
     terms               every iteration, after it                               all         -
+    penalties           every iteration, before the backward pass               all         -
     after_backward      every iteration, before the optimiser's step            all         -
     after_step          every iteration, after it                               all         -
+    remedies            a loss diverges or is not finite                        all         -
     end_epoch           after every epoch                                       all         -
     end_validation      after every validation                                  all         -
     end_step            after the last epoch and phase, before the checkpoint   all         called, if the step did not get so far
@@ -32,6 +34,7 @@ The hooks of a part, in the order in which a step calls them. "Resumed" says wha
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -183,8 +186,16 @@ class Part:
         """Named scalar losses of a batch that has its student."""
         return {}
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Add to the gradients after the main backward pass; returns scalar losses by name, which enter the reported total."""
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Named scalars that depend on the parameters alone and are added to the total loss; called without gradient before the backward
+        pass. The part adds their gradient in `after_backward`."""
+        return {}
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """Add to the gradients, after the main backward pass and before the optimiser's step."""
+
+    def remedies(self) -> dict[str, str]:
+        """By the name of a term, what to change when that term diverges or is not finite."""
         return {}
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
@@ -367,12 +378,33 @@ class Method:
             merged |= found
         return merged
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Gradients that are added after the main backward pass; returns their losses by name."""
-        losses: dict[str, Tensor] = {}
+    @torch.no_grad()
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """Named scalars that depend on the parameters alone and belong to the total loss."""
+        merged: dict[str, Tensor] = {}
         for part in self.parts:
-            losses |= part.after_backward(model)
-        return losses
+            merged |= part.penalties(model)
+        return merged
+
+    def remedy(self, values: dict[str, float]) -> str:
+        """What a part proposes to change when a loss diverges or is not finite.
+
+        Args:
+            values: losses by name, the total as "loss".
+
+        Returns:
+            The proposal for a term that is not finite, or else for the largest; "" where no part has one.
+        """
+        terms = {name: value for name, value in values.items() if name != "loss"}
+        guilty = [name for name, value in terms.items() if not math.isfinite(value)]
+        guilty = guilty or [max(terms, key=lambda name: abs(terms[name]))]
+        proposed = {name: text for part in self.parts for name, text in part.remedies().items()}
+        return next((proposed[name] for name in guilty if name in proposed), "")
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """Add the gradients of the penalties."""
+        for part in self.parts:
+            part.after_backward(model)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Called after the optimiser has moved the parameters."""

@@ -1,10 +1,11 @@
 """EWC: elastic weight consolidation; and the part that every penalty on weights shares (EWC, PI, RW).
 
-regularizer   --reg_importance · Σ importance · (p − p_old)², its gradient added after the main backward pass
+regularizer   --reg_importance · Σ importance · (p − p_old)², part of the total loss, its gradient added after the main backward pass
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -40,13 +41,35 @@ class WeightPenalty(Part):
                 f"note: no {kinds} in the checkpoint of step {step - 1}: --regularizer {self.opts.regularizer} of step {step} "
                 f"does without; train step {step - 1} with the same --regularizer"
             )
+        self.largest_stable = self._largest_stable()
+        if self.opts.reg_importance > self.largest_stable and distributed.is_main():
+            print(f"note: --reg_importance {self.opts.reg_importance:g} may diverge: {self.remedies()['regularizer']}")
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
+    def _largest_stable(self) -> float:
+        """The --reg_importance up to which gradient descent on the penalty is stable.
+
+        The penalty of a parameter of importance w has the curvature h = 2 · reg_importance · w. SGD with Nesterov momentum μ contracts on
+        it while lr · h < 2 (1 + μ) / (1 + 2 μ), that is 1.36 for μ = 0.9 and 2 without momentum.
+        """
+        momentum, largest = self.opts.momentum, self.regularizer.largest_weight
+        bound = 2 * (1 + momentum) / (1 + 2 * momentum)
+        return bound / (2 * self.opts.lr_of_step * largest) if largest > 0 else math.inf
+
+    def remedies(self) -> dict[str, str]:
+        """A penalty that is too large for the learning rate diverges by itself."""
+        lr, most = self.opts.lr_of_step, self.largest_stable
+        return {
+            "regularizer": f"the penalty is stable at --lr {lr:g} up to --reg_importance {most:.3g}: lower one of the two"
+        }
+
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """{"regularizer": scalar} where there is importance of earlier steps."""
+        return {"regularizer": self.regularizer.penalty(model)} if self.regularizer.weights else {}
+
+    def after_backward(self, model: SegmentationModel) -> None:
         """Measure on the loss's own gradients, then add the penalty's."""
         self.regularizer.update(model)
-        if not self.regularizer.weights:
-            return {}
-        return {"regularizer": self.regularizer.penalise(model)}
+        self.regularizer.add_gradient(model)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Measure how far the optimiser moved the parameters."""

@@ -36,7 +36,9 @@ class Previous(NamedTuple):
         file = checkpoint.get("file", "the checkpoint of the previous step")
         states: dict[str, Any] = {}
         for key in ("trainer_state", "method_state"):
-            found = checkpoint.get(key) or {}
+            found = checkpoint.get(key)
+            if found is None:
+                continue
             if not isinstance(found, dict):
                 raise ValueError(
                     f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "

@@ -71,23 +71,35 @@ class Regularizer:
         return {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def penalise(self, model: nn.Module) -> Tensor:
-        """Add the penalty's gradient to the parameters' and return its value.
-
-        Closed form instead of a second backward pass: no graph, and nothing that a distributed wrapper would reduce again. All
-        processes hold equal parameters and importances, so the gradient is equal everywhere.
+    def penalty(self, model: nn.Module) -> Tensor:
+        """The penalty on the parameters as they are.
 
         Returns:
             Scalar, `--reg_importance` included.
         """
         total = next(model.parameters()).new_zeros(())
         for name, parameter in model.named_parameters():
-            if name in self.weights and parameter.grad is not None:
+            if name in self.weights:
                 moved = parameter - self.anchor[name]
-                weighted = self.opts.reg_importance * self.weights[name] * moved
-                total += (weighted * moved).sum()
-                parameter.grad.add_(weighted, alpha=2.0)
+                total += (self.opts.reg_importance * self.weights[name] * moved * moved).sum()
         return total
+
+    @torch.no_grad()
+    def add_gradient(self, model: nn.Module) -> None:
+        """Add the penalty's gradient to the parameters'.
+
+        Closed form instead of a second backward pass: no graph, and nothing that a distributed wrapper would reduce again. All
+        processes hold equal parameters and importances, so the gradient is equal everywhere.
+        """
+        for name, parameter in model.named_parameters():
+            if name in self.weights and parameter.grad is not None:
+                weighted = self.opts.reg_importance * self.weights[name] * (parameter - self.anchor[name])
+                parameter.grad.add_(weighted, alpha=2.0)
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest importance of a parameter, 0 where there is none."""
+        return max((float(weight.max()) for weight in self.weights.values()), default=0.0)
 
     def update(self, model: nn.Module) -> None:
         """Look at the loss's own gradients, before the penalty's are added."""

@@ -75,28 +75,3 @@ class StreamSegMetrics:
             "Class IoU": per_class(iou),
             "Class Acc": per_class(accuracy),
         }
-
-
-def group_means(class_iou: dict[int, float | None], num_base: int) -> dict[str, float | None]:
-    """Mean IoU of the base classes, of the later ones, and of all.
-
-    Args:
-        class_iou: IoU by class position, None for absent classes.
-        num_base: number of classes of step 0, background included.
-
-    Returns:
-        {"old": …, "new": …, "all": …}; None where a group has no class.
-
-    Reference: the tables of MiB, PLOP and LSKD: old = classes of step 0, new = all later classes.
-    """
-
-    def mean(positions) -> float | None:
-        values = [class_iou[i] for i in positions if class_iou[i] is not None]
-        return sum(values) / len(values) if values else None
-
-    ordered = sorted(class_iou)
-    return {
-        "old": mean(i for i in ordered if i < num_base),
-        "new": mean(i for i in ordered if i >= num_base),
-        "all": mean(ordered),
-    }

@@ -2,16 +2,24 @@
 
     python scripts/average_csv.py results/2026-01-31_voc_15-5s_PLOP.csv
 
-A row is `step,class_iou_0,...,class_iou_n,mean_iou`, with x for a class that is not learned yet. Old classes are those
-with a value in the first row, background among them; new ones are all the others.
+A row is `step,class_iou_0,...,class_iou_n,mean_iou`, fractions, with x for a class that is not learned yet or does not occur. Old
+classes are those of step 0, background among them; new ones are all the others. The JSON beside the CSV says how many classes step 0 has;
+without it they are the ones with a value in the row of step 0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metrics.summary import Summary, require_complete, summarise  # noqa: E402  (the project is run from its folder, not installed)
 
 ABSENT = "x"
 
@@ -57,46 +65,40 @@ def read(path: Path) -> list[Row]:
     return [row for _, row in sorted({row.step: row for row in rows}.items())]
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, float | None]:
-    """The figures of the official summary.
+def last_summary(path: Path) -> tuple[int, Summary]:
+    """Number of the last step of a results file, and its figures as fractions.
 
-    Args:
-        rows: as `read` returns them.
-
-    Returns:
-        step: number of the last one; final: its mean IoU; average: mean of all rows' mean IoU; old and new: means over
-        the classes of the first step and over the later ones in the last row, None where there are none. IoUs are
-        fractions.
-
-    Reference: the tables of PLOP (CVPR 2021), section 4.
+    Raises:
+        ValueError: a line that is no row, or a step between 0 and the last one is missing; names the file.
+        OSError: the file cannot be read.
     """
-    first, last = rows[0], rows[-1]
-    is_old = [iou is not None for iou in first.class_iou]
-    groups = {
-        name: [iou for iou, old in zip(last.class_iou, is_old, strict=True) if old is wanted and iou is not None]
-        for name, wanted in (("old", True), ("new", False))
-    }
-    return {
-        "step": last.step,
-        "final": last.mean_iou,
-        "average": sum(row.mean_iou for row in rows) / len(rows),
-        **{name: sum(ious) / len(ious) if ious else None for name, ious in groups.items()},
-    }
+    rows = read(path)
+    require_complete([row.step for row in rows], path)
+    figures = summarise({row.step: row.class_iou for row in rows}, _num_base(path, rows[0]))
+    last = rows[-1].step
+    return last, figures[last]
 
 
-def describe(summary: dict[str, float | None]) -> str:
-    """The summary in percent, a line each."""
+def _num_base(path: Path, first: Row) -> int:
+    """Number of classes of step 0."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["base_classes"])
+    return 1 + max((place for place, iou in enumerate(first.class_iou) if iou is not None), default=-1)
+
+
+def describe(step: int, summary: Summary) -> str:
+    """The figures of a step in percent, a line each."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}"
 
     return "\n".join(
         [
-            f"Last Step: {summary['step']}",
-            f"Final Mean IoU {percent(summary['final'])}",
-            f"Average Mean IoU {percent(summary['average'])}",
-            f"Mean IoU first {percent(summary['old'])}",
-            f"Mean IoU last {percent(summary['new'])}",
+            f"Last Step: {step}",
+            f"Final Mean IoU {percent(summary.all)}",
+            f"Average Mean IoU {percent(summary.average_over_steps)}",
+            f"Mean IoU first {percent(summary.old)}",
+            f"Mean IoU last {percent(summary.new)}",
         ]
     )
 
@@ -110,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         for name in argv:
             if len(argv) > 1:
                 print(name)
-            print(describe(summarise(read(Path(name)))))
+            print(describe(*last_summary(Path(name))))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

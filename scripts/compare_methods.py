@@ -12,7 +12,6 @@ A comparison that was stopped continues where it was. Beside the table, `--out` 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,11 +27,65 @@ sys.path.insert(0, str(ROOT))
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
 import dataset  # noqa: E402
 import methods  # noqa: E402
+from metrics.summary import require_complete  # noqa: E402
 from scripts.report import draw_steps, markdown  # noqa: E402
 from utils import scheduler  # noqa: E402
+from utils.reporting import results  # noqa: E402
 
-#: Options that change step 0 itself, so that a method which sets one needs a step 0 of its own.
-STEP0_OPTIONS = ("regularizer", "icarl", "bce", "cosine", "nb_background_modes", "focal_loss")
+#: Options that step 0 does not read. Methods that differ in these alone share a step 0; any other difference, such as a learning rate,
+#: a crop size or a weight of the loss, makes one of its own.
+LATER_OPTIONS = frozenset(
+    # classification and distillation of outputs
+    (
+        "unce",
+        "focal_loss_new",
+        "ce_on_pseudo",
+        "entropy_min",
+        "entropy_min_mean_pixels",
+        "loss_kd",
+        "loss_de",
+        "unkd",
+        "kd_new",
+    )
+    + ("kd_mask", "kd_mask_adaptative_factor", "kd_scheduling", "kd_bce_sig", "kd_bce_sig_shape", "exkd_gt", "exkd_sum")
+    + ("temperature", "temperature_apply", "temperature_semiold", "icarl_importance", "icarl_disjoint", "icarl_bkg")
+    # pseudo-labels
+    + (
+        "pseudo",
+        "threshold",
+        "step_threshold",
+        "median",
+        "pseudo_nb_bins",
+        "pseudo_soft",
+        "pseudo_soft_factor",
+        "soft_loss",
+    )
+    + ("pseudo_ablation", "classif_adaptive_factor", "classif_adaptive_min_factor")
+    # distillation of features
+    + (
+        "pod",
+        "pod_factor",
+        "pod_options",
+        "pod_prepro",
+        "no_pod_schedule",
+        "pod_apply",
+        "pod_deeplab_mask",
+        "spp_scales",
+    )
+    + ("pod_deeplab_mask_factor", "deeplab_mask_downscale", "pod_interpolate_last", "pod_logits", "pod_large_logits")
+    + ("tap_schemes", "mcd_factor", "mcd_groups", "mask_distance", "mask_rule", "channel_rule")
+    + ("rge_alpha", "rge_beta", "rge_gamma")
+    # weights of earlier steps and classifiers of later ones; importance is measured at step 0, but only later ones weigh it
+    + (
+        "reg_importance",
+        "reg_no_normalize",
+        "init_balanced",
+        "init_multimodal",
+        "align_weight",
+        "align_weight_frequency",
+    )
+    + ("lr_old", "base_weights")
+)
 #: Name under which the shared step 0 is trained.
 BASE = "base"
 
@@ -82,7 +136,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
             file.write(line)
             file.flush()
             if "mIoU old" in line or "finished" in line:
-                print(f"{name}: {line.split(' (%)')[0].strip()}", flush=True)
+                print(f"{name}: {line.split(' (%')[0].strip()}", flush=True)
     if process.returncode:
         raise RuntimeError(
             f"run.py {' '.join(words)}\nended with exit code {process.returncode}:\n{log.read_text()[-2000:]}"
@@ -95,10 +149,15 @@ def of_method(arguments: argparse.Namespace, method: str) -> list[str]:
 
 
 def shares_step0(arguments: argparse.Namespace, method: str) -> bool:
-    """Whether the method's step 0 is plain training."""
-    plain = argparser.parse(arguments.words)
-    opts = argparser.parse([*arguments.words, *of_method(arguments, method)])
-    return all(getattr(opts, option) == getattr(plain, option) for option in STEP0_OPTIONS)
+    """Whether the method's step 0 is the one that the words of all methods train."""
+
+    def of_step0(words: list[str]) -> dict[str, Any]:
+        opts = vars(argparser.parse([*words, *_epochs(arguments.epochs_step0)]))
+        opts["lr"] = opts["lr"][0]  # of step 0; the others are those of later steps
+        left_out = LATER_OPTIONS | {"method", "explicit", "preset_applied", "task_preset"}
+        return {dest: value for dest, value in opts.items() if dest not in left_out}
+
+    return of_step0(arguments.words) == of_step0([*arguments.words, *of_method(arguments, method)])
 
 
 def train_first(arguments: argparse.Namespace, method: str, seed: int) -> None:
@@ -119,21 +178,20 @@ def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[d
 
     Returns:
         The JSON entries of all steps of the method, in order.
+
+    Raises:
+        ValueError: the results of the method lack a step.
     """
     name, _ = first_run(arguments, method)
     if method == "Joint":
-        return [document(arguments, f"{name}-seed{seed}", "offline")["steps"]["0"]]
+        return entries_of(arguments, f"{name}-seed{seed}", "offline")
     opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
     start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
     own, later = of_method(arguments, method), range(1, task.last_step + 1)
     words = [*own, "--step_ckpt", str(start), *_epochs(arguments.epochs_later), *rates(arguments, own, later)]
     run(arguments, words_of(arguments, seed, method, [*words, "--step", *map(str, later)]))
-    steps = {
-        **document(arguments, f"{name}-seed{seed}", task.name)["steps"],
-        **document(arguments, f"{method}-seed{seed}", task.name)["steps"],
-    }
-    return [steps[str(step)] for step in range(task.last_step + 1)]
+    return entries_of(arguments, f"{method}-seed{seed}", task.name)
 
 
 def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
@@ -174,15 +232,18 @@ def _epochs(number: int | None) -> list[str]:
     return [] if number is None else ["--epochs", str(number)]
 
 
-def document(arguments: argparse.Namespace, name: str, task: str) -> dict:
-    """JSON of one run."""
+def entries_of(arguments: argparse.Namespace, name: str, task: str) -> list[dict]:
+    """JSON entries of all steps of one run, in order."""
     data = argparser.parse(arguments.words).dataset
-    return json.loads((Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json").read_text())
+    path = Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json"
+    steps = results.read(path)["steps"]
+    require_complete(map(int, steps), path)
+    return list(steps.values())
 
 
 def percent(values: list[float | None]) -> str:
-    """Mean ± standard deviation in percent, "-" where there is nothing."""
-    present = [100 * value for value in values if value is not None]
+    """Mean ± standard deviation of percentages, "-" where there is nothing."""
+    present = [value for value in values if value is not None]
     if not present:
         return "-"
     spread = f" ± {statistics.stdev(present):.1f}" if len(present) > 1 else ""
@@ -198,9 +259,9 @@ def table(entries: dict[str, list[list[dict]]]) -> str:
     rows = []
     for method, seeds in entries.items():
         last = [steps[-1] for steps in seeds]
-        average = [statistics.fmean(step["all"] for step in steps) for steps in seeds]
-        columns = [percent([entry[key] for entry in last]) for key in ("old", "new", "all")]
-        rows.append([method, *columns, percent(average)])
+        rows.append(
+            [method, *(percent([entry[key] for entry in last]) for key in ("old", "new", "all", "average_over_steps"))]
+        )
     return markdown(["method", "old", "new", "all", "average over steps"], rows)
 
 
@@ -242,14 +303,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         entries = train_all(arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(entries)
     out = Path(arguments.out)
     (out / "table.md").write_text(text + "\n")
     curves = {
-        method: [[step["all"] for step in steps] for steps in seeds]
+        method: [{number: step["all"] for number, step in enumerate(steps)} for steps in seeds]
         for method, seeds in entries.items()
         if len(seeds[0]) > 1
     }

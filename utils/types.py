@@ -20,7 +20,7 @@ class Taps(NamedTuple):
     """What one forward pass of the network returns, always.
 
     Attributes:
-        logits: (B, C, H, W) classifier output at the size of the input (bilinear, align_corners=False).
+        logits: (B, C, H, W) classifier output at the size of the input (bilinear, align_corners=False), at least float32.
         logits_small: (B, C, h, w) the same before upsampling.
         body: (B, c, h, w) output of the last residual stage, after its activation.
         pre_logits: (B, 256, h, w) output of the DeepLabV3 head, input of the classifiers.

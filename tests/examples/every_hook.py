@@ -9,7 +9,7 @@ parameter_groups the classifiers learn twice as fast
 phases          before the training: tune the scale alone; after it: tune the biases of the classifiers
 begin_step      count the pixels of each class, for class weights
 prepare, terms  a classification loss of its own, weighted by the counts, and a distance from the teacher's features
-after_backward  a penalty on the scale, its gradient added by hand
+penalties, after_backward, remedies  a penalty on the scale, its gradient added by hand
 after_step      count the images
 end_epoch, end_validation, end_step, state_dict, load_state_dict
 begin_test      the test sees no factor of the scale below 0
@@ -220,13 +220,19 @@ class UsesEveryHook(Part):
         """Both are measured at the head."""
         return [TermSpec("weighted"), *([TermSpec("features")] if self.task.step else [])]
 
-    def after_backward(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """A penalty on the scale's distance from 1."""
+    def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """{"scale": squared distance of the scale from 1}."""
+        return {"scale": self.opts.hook_factor * (model.head.scale.factor - 1).square().sum()}
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """The gradient of the penalty."""
         factor = model.head.scale.factor
-        moved = factor.detach() - 1
         if factor.grad is not None:
-            factor.grad += 2 * self.opts.hook_factor * moved
-        return {"scale": self.opts.hook_factor * moved.square().sum()}
+            factor.grad += 2 * self.opts.hook_factor * (factor.detach() - 1)
+
+    def remedies(self) -> dict[str, str]:
+        """The factor of the penalty."""
+        return {"scale": "lower --hook_factor"}
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Count."""

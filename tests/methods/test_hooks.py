@@ -58,7 +58,17 @@ def test_order_of_the_calls(tmp_path, monkeypatch):
             "parameter_groups",
             "begin_step",
         ),
-        *("prepare", "terms", "after_backward", "after_step", "end_epoch", "end_validation", "end_step", "export"),
+        *(
+            "prepare",
+            "terms",
+            "penalties",
+            "after_backward",
+            "after_step",
+            "end_epoch",
+            "end_validation",
+            "end_step",
+            "export",
+        ),
         "begin_test",
     ]
 

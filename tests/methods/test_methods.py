@@ -186,7 +186,8 @@ class Remembered(Trainer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.made.append(self)
+        if not self.opts.test:
+            self.made.append(self)
 
 
 def learned():

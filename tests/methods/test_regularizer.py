@@ -9,6 +9,7 @@ from torch import nn
 from methods.base import Previous
 from methods.regularizer import REGULARIZERS, normalised
 from tests.support import thin
+from utils.runtime.errors import NonFiniteLoss
 
 KINDS = {"ewc": ("fisher",), "pi": ("score",), "rw": ("fisher", "score")}
 
@@ -69,7 +70,8 @@ def test_penalty_and_its_gradient_by_hand(no_normalize, penalty, gradient):
     model = Toy(with_new=True)
     regularizer = make("ewc", model, checkpoint(fisher=[1.0, 3.0]), reg_no_normalize=no_normalize)
     model.set_gradients(0.5, 0.5)
-    torch.testing.assert_close(float(regularizer.penalise(model)), float(penalty), rtol=1e-6, atol=0)
+    torch.testing.assert_close(float(regularizer.penalty(model)), float(penalty), rtol=1e-6, atol=0)
+    regularizer.add_gradient(model)
     torch.testing.assert_close(model.weight.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-6, atol=0)
     assert model.new.grad.tolist() == [0.5, 0.5]  # a new classifier has no old weights
 
@@ -80,7 +82,8 @@ def test_gradient_is_that_of_the_penalty(name):
     importance = {kind: [0.3, 1.1 + i] for i, kind in enumerate(KINDS[name])}
     regularizer = make(name, model, checkpoint(**importance), reg_importance=0.7, reg_no_normalize=True)
     model.set_gradients(0.0, 0.0)
-    value = regularizer.penalise(model)
+    value = regularizer.penalty(model)
+    regularizer.add_gradient(model)
     weight = model.weight.detach().clone().requires_grad_()
     total = sum(torch.tensor(v, dtype=torch.float64) for v in importance.values())
     expected = 0.7 * (total * (weight - torch.tensor([1.0, 2.0])).square()).sum()
@@ -102,7 +105,8 @@ def test_importance_is_normalised_to_its_own_range():
 def test_parameters_without_gradient_are_left_out():
     model = Toy()
     regularizer = make("ewc", model, checkpoint(fisher=[1.0, 3.0]))
-    assert regularizer.penalise(model) == 0 and model.weight.grad is None
+    regularizer.add_gradient(model)
+    assert model.weight.grad is None
 
 
 # -------------------------------------------------------------------- measurement
@@ -303,7 +307,8 @@ def test_penalty_is_added_after_the_measurement():
     images, labels = thin.images(2, dtype=torch.float64), thin.bands(0, 3, 255)
     step.terms(images, labels)["ce"].backward()
     plain = {name: p.grad.clone() for name, p in step.model.named_parameters()}
-    value = step.method.after_backward(step.model)["regularizer"]
+    value = step.method.penalties(step.model)["regularizer"]
+    step.method.after_backward(step.model)
     expected = 0.0
     for name, parameter in step.model.named_parameters():
         torch.testing.assert_close(part.regularizer.current["fisher"][name], plain[name].square())
@@ -312,6 +317,52 @@ def test_penalty_is_added_after_the_measurement():
         torch.testing.assert_close(parameter.grad, plain[name] + 2 * weight * moved)
         expected += torch.as_tensor(weight * moved * moved).sum()
     torch.testing.assert_close(value, expected.detach())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("factor", "stable"), [(0.99, True), (1.01, False)])
+def test_the_largest_stable_importance_is_where_the_optimiser_stops_converging(momentum, factor, stable, capsys):
+    step = thin.Step(f"--method EWC --lr 0.03 --momentum {momentum}", steps=((0, 1, 2), (3,)))
+    importance = {name: torch.rand_like(p) for name, p in step.teacher.named_parameters()}
+    previous = {"model_state": step.teacher.state_dict(), "trainer_state": {"regularizer": {"fisher": importance}}}
+    step.method.attach(step.model, None, previous)
+    (part,) = (part for part in step.method.parts if part.state_key == "regularizer")
+    capsys.readouterr()
+    step.opts.reg_importance = factor * part.largest_stable
+    step.method.attach(step.model, None, previous)
+    noted = capsys.readouterr().out
+    assert (noted == "") == stable
+    if not stable:
+        assert (
+            f"may diverge: the penalty is stable at --lr 0.03 up to --reg_importance {part.largest_stable:.3g}" in noted
+        )
+    # the penalty of the most important parameter alone, from 1 away
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.03, momentum=momentum, nesterov=momentum > 0)
+    for _ in range(3000):
+        weight.grad = 2 * step.opts.reg_importance * part.regularizer.largest_weight * weight.detach()
+        optimizer.step()
+    assert (weight.abs().item() < 1e-6) if stable else (weight.abs().item() > 1e6)
+
+
+def test_the_penalty_is_part_of_the_total_and_of_the_guard():
+    step = thin.Step("--method EWC --reg_importance 5", steps=((0, 1, 2), (3,)))
+    importance = {name: torch.rand_like(p) for name, p in step.teacher.named_parameters()}
+    previous = {"model_state": step.teacher.state_dict(), "trainer_state": {"regularizer": {"fisher": importance}}}
+    step.method.attach(step.model, None, previous)
+    trainer = step.trainer()
+    images, labels = thin.images(2), thin.bands(0, 3, 255)
+    values = trainer.train_iteration(images, labels)
+    assert list(values) == ["ce", "regularizer", "loss"] and values["regularizer"] > 0
+    assert values["loss"] == pytest.approx(values["ce"] + values["regularizer"])
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    step.opts.reg_importance = 1e38  # times distances whose squares add up to more than 3.4
+    with pytest.raises(
+        NonFiniteLoss, match=r": ce [0-9.]+, regularizer inf, loss inf; the penalty is stable at --lr "
+    ) as caught:
+        trainer.train_iteration(images, labels)
+    assert "--skip_nonfinite" not in str(caught.value)  # no batch is to blame
+    assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -342,4 +393,5 @@ def test_a_step_without_earlier_importance_says_so(capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("note: no fisher in the checkpoint of step 0")
     step.terms(thin.images(2), thin.bands(0, 3))["ce"].backward()
-    assert step.method.after_backward(step.model) == {}
+    assert step.method.penalties(step.model) == {}
+    step.method.after_backward(step.model)

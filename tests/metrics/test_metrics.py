@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metrics.stream_metrics import StreamSegMetrics, group_means
+from metrics.stream_metrics import StreamSegMetrics
 
 
 def scored(labels, predictions, classes):
@@ -55,14 +55,3 @@ def test_one_matrix_of_many_pixels_is_exact():
     metrics.update(labels, predictions)
     expected = [[int(((labels == i) & (predictions == j)).sum()) for j in range(5)] for i in range(5)]
     assert metrics.confusion_matrix.tolist() == expected
-
-
-def test_group_means_by_hand():
-    iou = {0: 0.9, 1: 0.5, 2: None, 3: 0.1, 4: 0.3}
-    assert group_means(iou, 3) == {
-        "old": pytest.approx(0.7),
-        "new": pytest.approx(0.2),
-        "all": pytest.approx(0.45),
-    }
-    assert group_means({0: 0.5, 1: 0.7}, 2) == {"old": pytest.approx(0.6), "new": None, "all": pytest.approx(0.6)}
-    assert group_means({0: None, 1: None}, 1) == {"old": None, "new": None, "all": None}

@@ -64,7 +64,7 @@ def refusal(capsys, folder, text):
     [
         ("--step 3", "3"),
         ("--step 1 --name new", "6-2-shapes_new_0.pth does not exist"),
-        ("--step 2 1 --name new", "6-2-shapes_new_1.pth does not exist"),
+        ("--step 1 2 --name new", "6-2-shapes_new_0.pth does not exist"),
         ("--step 1 --task 6-1 --shapes_val 20", "6-1-shapes_n_0.pth does not exist"),
         ("--step 2 --step_ckpt {base}", "is step 0 of 6-2 on shapes, not step 1"),
         ("--step 1 --backbone resnet34", "was trained with --backbone resnet18"),
@@ -106,7 +106,7 @@ def test_what_a_later_step_would_stumble_over_is_said_first(tmp_path, capsys):
     (tmp_path / "task.json").write_text(json.dumps({"name": "rare", "steps": [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]]}))
     text = refusal(capsys, tmp_path, f"--task_file '{tmp_path}/task.json' --step 0 1 --shapes_train 6 --batch_size 3")
     assert "step 1 of rare has" in text or "step 1 of task rare" in text
-    assert "6-2-shapes_n_1.pth does not exist" in refusal(capsys, tmp_path, "--task 6-2 --step 0 2")
+    assert "6-2-shapes_n_0.pth does not exist" in refusal(capsys, tmp_path, "--task 6-2 --step 1 2")
 
 
 def test_results_that_cannot_be_continued_are_refused_before_training(copy, capsys):

@@ -227,7 +227,7 @@ def test_a_stop_request_is_obeyed_and_continued(place, whole, copy_of, monkeypat
     out = capsys.readouterr().out
     assert ("resumed step 1 at epoch" in out) == (place not in ("begin", "test"))
     if place == "iteration 6":
-        assert "resumed step 1 at epoch 2, iteration 3" in out
+        assert "resumed step 1 at epoch 2/3, iteration 3/4" in out
     check(folder, whole, "lskd")
 
 
@@ -289,7 +289,7 @@ def test_a_finished_step_says_so_and_the_next_follows(whole, tmp_path, capsys):
     check(folder, whole, "ft")
     assert thin.launch(folder, command + " --step 0 1") == 0
     out = capsys.readouterr().out
-    assert "step 0 of 6-2 is finished" in out and "step 1 of 6-2: mIoU" in out
+    assert "step 0 of 6-2 is finished" in out and "step 1 of 6-2: test mIoU" in out
     assert thin.launch(folder, command + " --step 0 1") == 0
     assert "step 1 of 6-2 is finished" in capsys.readouterr().out
     (folder / "checkpoints" / "6-2-shapes_n_0.pth").unlink()  # to save space, say
@@ -436,11 +436,11 @@ def test_curves_are_those_of_an_uninterrupted_run(place, whole, copy_of, tmp_pat
     assert thin.launch(folder, text + " --resume") == 0
     assert thin.launch(tmp_path / "calm", text) == 0
     mine, theirs = curves(folder / "logs"), curves(tmp_path / "calm" / "logs")
-    assert mine.keys() == theirs.keys() >= {"loss/ce", "val/mIoU", "test/all", "learning_rate"}
+    assert mine.keys() == theirs.keys() >= {"loss/ce", "val/mIoU_training_labels", "test/all", "learning_rate"}
     for name, curve in theirs.items():
         assert mine[name] == curve, name
     assert [step for step, _ in mine["loss/ce"]] == list(range(1, 19))
-    assert [step for step, _ in mine["val/mIoU"]] == [6, 12, 18]
+    assert [step for step, _ in mine["val/mIoU_training_labels"]] == [6, 12, 18]
     starts = [event.step for event in read_events(folder / "logs") if event.HasField("session_log")]
     assert starts == [0, 10 if place == "asked to stop" else 6]
     assert "print_interval" in store.MAY_CHANGE_ON_RESUME

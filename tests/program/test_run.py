@@ -102,11 +102,10 @@ def test_json_has_what_the_csv_has_no_column_for(trained):
     assert set(found["steps"]) == {"0", "1"}
     for step, row in zip("01", thin.rows(trained)):
         entry = found["steps"][step]
-        assert entry["all"] == pytest.approx(float(row[-1]))
-        assert [str(v) if v is not None else "x" for v in entry["class_iou"].values()] == row[
-            1 : 1 + len(entry["class_iou"])
-        ]
-        assert entry["epochs"][0]["losses"]["ce"] > 0 and "val_miou" in entry["epochs"][0]
+        assert entry["all"] == pytest.approx(100 * float(row[-1]))
+        known = row[1 : 1 + len(entry["class_iou"])]
+        assert list(entry["class_iou"].values()) == [100 * float(iou) if iou != "x" else None for iou in known]
+        assert entry["epochs"][0]["losses"]["ce"] > 0 and "validation_miou" in entry["epochs"][0]
     assert found["steps"]["0"]["new"] is None and found["steps"]["1"]["new"] is not None
     means = [found["steps"][step]["all"] for step in "01"]
     assert found["average_over_steps"] == pytest.approx(sum(means) / 2)
@@ -122,13 +121,13 @@ def test_tensorboard_has_every_term_by_name(trained):
         assert {("loss/ce", iteration), ("loss/total", iteration), ("learning_rate", iteration)} <= set(before)
     assert before[("learning_rate", 1)] > before[("learning_rate", 5)] > 0
     assert {name for name, _ in after} == {
-        "loss/ce", "loss/pod", "loss/total", "learning_rate", "val/mIoU", "val/accuracy",
-        "test/old", "test/new", "test/all", "test/average_over_steps",
+        "loss/ce", "loss/pod", "loss/total", "learning_rate", "val/mIoU_training_labels", "val/accuracy_training_labels",
+        "test/old", "test/new", "test/all", "test/harmonic_mean", "test/average_over_steps",
     }  # fmt: skip
     entry = thin.document(trained)["steps"]["1"]
     assert next(v for (name, _), v in after.items() if name == "test/all") == pytest.approx(entry["all"])
-    assert next(v for (name, _), v in after.items() if name == "val/mIoU") == pytest.approx(
-        entry["epochs"][0]["val_miou"]
+    assert next(v for (name, _), v in after.items() if name == "val/mIoU_training_labels") == pytest.approx(
+        entry["epochs"][0]["validation_miou"]
     )
     assert events.pictures(logs / "step-1").keys() == {"test/confusion", "test/sample0", "test/sample1"}
     assert events.pictures(logs / "step-1")["test/sample0"] == (32, 96)
@@ -211,6 +210,23 @@ def test_a_step_leaves_no_memory_to_the_next(tmp_path, monkeypatch):
 # ------------------------------------------------------------------- evaluation
 
 
+def test_scores_are_percentages_and_say_their_labels(copy, capsys):
+    """The validation of a step counts the labels of its training, the test those of all classes."""
+    assert thin.launch(copy, "--task 6-2 --step 1 --method FT --test_on_val") == 0  # the test is the validation's
+    lines = capsys.readouterr().out.splitlines()
+    entry = thin.document(copy)["steps"]["1"]
+    score, labels = entry["all"], "labels of step 1 alone, all other pixels background"
+    assert entry["epochs"][0]["validation_miou"] == pytest.approx(score)
+    assert f"step 1 epoch 1/1: validation mIoU {score:.2f} % ({labels})" in lines
+    assert f"all {score:.2f}, average over steps" in lines[-1] and f"(%, {labels}) -> " in lines[-1]
+    logged = events.scalars(copy / "logs" / "6-2-shapes" / "n" / "step-1")
+    assert [v for (name, _), v in logged.items() if name == "val/mIoU_training_labels"] == [pytest.approx(score)]
+    assert thin.launch(copy, "--task 6-2 --step 1 --method FT --no_mask") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("validation mIoU" in line and "(labels of all classes learned so far)" in line for line in lines)
+    assert "(%, labels of all classes learned so far) -> " in lines[-1]
+
+
 def test_a_test_gives_the_score_of_the_training_run(copy):
     before = thin.rows(copy), thin.document(copy)["steps"]
     assert start(copy, "--task 6-2 --step 1 --method PLOP --test --sample_num 1 --name n") == 0
@@ -288,7 +304,8 @@ def test_a_non_finite_loss_ends_with_names_and_a_state_for_study(tmp_path, capsy
     assert "batch: shapes/train/" in err
     aside = tmp_path / "checkpoints" / "6-2-shapes_n_0.nonfinite.pth"
     assert str(aside) in out
-    assert checkpoint_files.load(aside)["state"]["model"]
+    state = checkpoint_files.load(aside)["state"]["model"]
+    assert all(value.isfinite().all() for value in state.values())  # the statistics of the norms, too
     assert not (tmp_path / "checkpoints" / BASE).exists() and not (tmp_path / "results" / "d_shapes_6-2_n.csv").exists()
     capsys.readouterr()
     assert thin.launch(tmp_path, "--task 6-2 --step 0 --skip_nonfinite 100") == 0

@@ -4,8 +4,14 @@ import json
 import shlex
 
 import pytest
+import torch
 
+import argparser
+import methods
+from dataset.sampler import FixedBatches
 from scripts import compare_methods as compare
+from tests.support import thin
+from utils.checkpointing import checkpoint_files
 
 TINY = shlex.split(
     "--dataset shapes --task 6-4 --overlap --backbone resnet18 --no_pretrained --crop_size 32 --batch_size 4 --shapes_train 12 "
@@ -21,6 +27,84 @@ def test_methods_share_step_0_unless_it_differs():
     assert names == {
         "FT": "base", "PLOP": "base", "LSKD": "base", "MiB": "base", "EWC": "EWC", "LWF-MC": "LWF-MC", "Joint": "Joint"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "shared"),
+    [
+        ("--lr 0.5", False),
+        ("--lr 0.01 0.5", True),  # step 0's is the one of all
+        ("--weight_decay 0", False),
+        ("--momentum 0.5", False),
+        ("--crop_size 48", False),
+        ("--batch_size 2", False),
+        ("--ppp 2", False),
+        ("--ce_factor 1", True),  # the default
+        ("--sample_weights_new 2", False),
+        ("--ce_on_new", False),
+        ("--epochs 7", False),
+        ("--freeze", False),
+        ("--fix_bn", False),
+        ("--lr_policy step", False),
+        ("--shapes_train 13", False),
+        ("--backbone resnet34", False),
+        ("--opt_level O1", False),
+        ("--pooling 4", False),
+        ("--no_mask", False),
+        ("--reg_alpha 0.5", False),
+        ("--pod_factor 0.5 --loss_kd 3 --unkd", True),
+    ],
+)
+def test_an_option_that_changes_step_0_takes_a_step_0_of_its_own(words, shared):
+    arguments = compare.parse(["--methods", "FT", "PLOP", "--only", f"PLOP={words}", "--", *TINY])
+    assert compare.first_run(arguments, "PLOP")[0] == ("base" if shared else "PLOP")
+    assert compare.first_run(arguments, "FT")[0] == "base"
+
+
+def test_epochs_of_step_0_may_be_those_of_all():
+    only = ["--only", "PLOP=--epochs 7", "--", *TINY]
+    assert compare.first_run(compare.parse(["--epochs_step0", "3", *only]), "PLOP")[0] == "base"
+
+
+def test_options_of_later_steps_do_not_change_step_0():
+    """A step 0 trained with a value other than the default of each of them has the weights, and the importance, of one without."""
+
+    def trained(changes):
+        with thin.program():
+            step = thin.Step("--regularizer rw --reg_iterations 1", steps=((0, 1, 2),))
+            vars(step.opts).update(changes)
+            step.method = methods.build(step.opts, step.task)
+            step.method.attach(step.model, None)
+            trainer, batches = (
+                step.trainer(),
+                [(thin.images(2, seed=seed), thin.bands(0, 1, 2, 255)) for seed in (0, 1)],
+            )
+            for images, labels in batches:
+                trainer.train_iteration(images, labels)
+            step.method.end_step(step.model, FixedBatches(batches), torch.device("cpu"))
+            return checkpoint_files.digest([step.model.state_dict(), step.method.state_dict()])
+
+    others = {
+        "focal_loss_new": True, "kd_mask": "new", "kd_bce_sig_shape": "sum", "temperature_apply": "all", "pseudo": "entropy",
+        "step_threshold": 0.1, "median": "exact", "pseudo_nb_bins": 7, "pseudo_soft": "soft_certain", "soft_loss": "mended",
+        "pseudo_ablation": "removed_errors", "pod": "local", "pod_options": {"switch": {"after": {"factor": 0.5}}},
+        "pod_prepro": "abs", "pod_apply": "backbone", "spp_scales": [1], "pod_deeplab_mask_factor": 0.5,
+        "tap_schemes": ("md",) * 6, "mask_distance": "cos", "mask_rule": "whc", "channel_rule": "mended",
+        "init_multimodal": "max", "align_weight": "old", "align_weight_frequency": "epoch", "lr_old": 0.5,
+    }  # fmt: skip
+    plain = vars(argparser.parse([]))
+    for dest in compare.LATER_OPTIONS - set(others):  # switches and factors
+        others[dest] = not plain[dest] if isinstance(plain[dest], bool) else plain[dest] + 1.5
+    assert set(others) == compare.LATER_OPTIONS and all(plain[dest] != value for dest, value in others.items())
+    reference = trained({})
+    # all at once, and those by themselves that another one would hide
+    assert trained(others) == reference
+    assert [
+        dest
+        for dest in ("focal_loss_new", "unce", "mask_rule", "pod", "pseudo")
+        if trained({dest: others[dest]}) != reference
+    ] == []
+    assert trained({"ce_factor": 2.0}) != reference and trained({"reg_alpha": 0.5}) != reference
 
 
 def test_words_for_one_method():
@@ -52,13 +136,13 @@ def test_words_for_no_method_are_refused(text, capsys):
 
 
 def test_table_by_hand():
-    def step(old, new, every):
-        return {"old": old, "new": new, "all": every}
+    def step(old, new, every, average=None):
+        return {"old": old, "new": new, "all": every, "average_over_steps": average or every}
 
     text = compare.table(
         {
-            "A": [[step(0.8, None, 0.8), step(0.5, 0.1, 0.4)], [step(0.6, None, 0.6), step(0.7, 0.3, 0.6)]],
-            "Joint": [[step(0.5, None, 0.5)], [step(0.5, None, 0.5)]],
+            "A": [[step(80, None, 80), step(50, 10, 40, 60)], [step(60, None, 60), step(70, 30, 60, 60)]],
+            "Joint": [[step(50, None, 50)], [step(50, None, 50)]],
         }
     )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
@@ -79,6 +163,10 @@ def test_a_comparison_from_end_to_end(tmp_path, capfd):
     assert stored["all_shapes_6-4_EWC-seed42"]["options"]["reg_importance"] == 3
     rates = {name.split("_")[-1]: document["options"]["lr_of_step"] for name, document in stored.items()}
     assert rates == {"base-seed42": 0.01, "EWC-seed42": 0.002, "FT-seed42": 0.002}
+    shared, later = (stored[f"all_shapes_6-4_{name}-seed42"]["steps"] for name in ("base", "FT"))
+    assert later["0"] == shared["0"]
+    assert later["1"]["average_over_steps"] == pytest.approx((later["0"]["all"] + later["1"]["all"]) / 2)
+    assert f"| {later['1']['average_over_steps']:.1f} " in (out / "table.md").read_text()
     first = capfd.readouterr().out
     assert compare.main(words) == 0  # nothing is trained twice
     again = capfd.readouterr().out

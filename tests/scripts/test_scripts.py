@@ -143,12 +143,12 @@ ROWS = "0,0.9,0.7,x,x,0.8\n1,0.8,0.6,0.4,x,0.6\n2,0.7,0.5,0.1,0.3,0.4\n"
 
 def test_average_csv_by_hand(tmp_path, capsys):
     (tmp_path / "run.csv").write_text(ROWS)
-    summary = average_csv.summarise(average_csv.read(tmp_path / "run.csv"))
-    assert summary["step"] == 2
-    assert summary["final"] == 0.4
-    assert summary["average"] == pytest.approx((0.8 + 0.6 + 0.4) / 3)
-    assert summary["old"] == pytest.approx((0.7 + 0.5) / 2)
-    assert summary["new"] == pytest.approx((0.1 + 0.3) / 2)
+    step, summary = average_csv.last_summary(tmp_path / "run.csv")
+    assert step == 2
+    assert summary.all == pytest.approx(0.4)
+    assert summary.average_over_steps == pytest.approx((0.8 + 0.6 + 0.4) / 3)
+    assert summary.old == pytest.approx((0.7 + 0.5) / 2)
+    assert summary.new == pytest.approx((0.1 + 0.3) / 2)
     assert average_csv.main([str(tmp_path / "run.csv")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Last Step: 2",
@@ -162,14 +162,33 @@ def test_average_csv_by_hand(tmp_path, capsys):
 def test_average_csv_takes_rows_in_any_order_and_the_last_of_a_step(tmp_path):
     path = tmp_path / "run.csv"
     path.write_text("1,0.1,0.1,0.1\n\n0,0.5,X,0.5\n1,0.4,0.2,0.3\n")
-    summary = average_csv.summarise(average_csv.read(path))
-    assert (summary["old"], summary["new"], summary["final"]) == (0.4, 0.2, 0.3)
+    _, summary = average_csv.last_summary(path)
+    assert (summary.old, summary.new, summary.all) == pytest.approx((0.4, 0.2, 0.3))
 
 
 def test_average_csv_without_new_classes(tmp_path, capsys):
     (tmp_path / "run.csv").write_text("0,0.5,0.7,0.6\n")
     assert average_csv.main([str(tmp_path / "run.csv")]) == 0
     assert capsys.readouterr().out.endswith("Mean IoU first 60.00\nMean IoU last -\n")
+
+
+@pytest.mark.parametrize("text", ["1,0.8,0.6,0.4,x,0.6\n2,0.7,0.5,0.1,0.3,0.4\n", "0,0.5,x,0.5\n2,0.4,0.2,0.3\n"])
+def test_average_csv_refuses_a_gap(text, tmp_path, capsys):
+    """A run that started from another run's step 0, or was not tested after each step."""
+    (tmp_path / "run.csv").write_text(text)
+    assert average_csv.main([str(tmp_path / "run.csv")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"{tmp_path / 'run.csv'} has scores of the steps" in said.err
+    assert "add it with run.py --test --step" in said.err
+
+
+def test_average_csv_takes_the_number_of_base_classes_from_the_json(tmp_path):
+    """A class of step 0 without a pixel in the test of step 0 is an old class all the same."""
+    path = tmp_path / "run.csv"
+    path.write_text("0,0.8,x,x,0.8\n1,0.6,0.2,0.1,0.3\n")
+    assert average_csv.last_summary(path)[1].old == pytest.approx(0.6)
+    path.with_suffix(".json").write_text('{"base_classes": 2}')
+    assert average_csv.last_summary(path)[1].old == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("text", ["", "step,a,b\n", "0,0.5\n", "0,0.5,0.5\n1,0.5,0.5,0.5\n", "0,y,0.5\n"])

@@ -64,9 +64,14 @@ class Store:
         step = self.task.step
         return self.unfinished(step).is_file() or self.before_unfinished(step).is_file()
 
+    @property
+    def starts_from_file(self) -> bool:
+        """Whether this is the step that `--step_ckpt` precedes."""
+        return self.opts.step_ckpt is not None and self.task.step == self.opts.step[0] > 0
+
     def previous(self) -> Path:
         """Checkpoint that the teacher of this step is read from."""
-        if self.opts.step_ckpt is not None and self.task.step == self.opts.step[0]:
+        if self.starts_from_file:
             return Path(self.opts.step_ckpt)
         return self.finished(self.task.step - 1)
 

@@ -377,6 +377,12 @@ def _steps(opts: Namespace) -> None:
     for step in opts.step:
         if opts.step.count(step) > 1:
             raise ValueError(f"--step names step {step} twice; name it once")
+    trains = not (opts.test or opts.dry_run or opts.check_data)
+    if trains and opts.step != list(range(opts.step[0], opts.step[0] + len(opts.step))):
+        raise ValueError(
+            f"--step {' '.join(map(str, opts.step))} leaves out a step or is out of order, but each step is trained from the one before "
+            "it; name them from the first to the last without a gap"
+        )
     if opts.ckpt is not None and len(opts.step) > 1:
         raise ValueError(f"--ckpt is for one step, but --step names {len(opts.step)}; run the steps one by one")
 

@@ -100,7 +100,7 @@ class Logger:
         Args:
             iterable: what is iterated.
             title: text before the bar.
-            total: number of items, where the iterable does not know it.
+            total: number of items, those done before a resume included; None: the iterable knows it.
             initial: items done before a resume.
 
         Returns:

@@ -1,4 +1,9 @@
-"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for."""
+"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for.
+
+Scores (IoU, accuracy and their means) are percentages in the JSON, which says so under "unit", in TensorBoard and on the terminal. The
+CSV has the format of the official programs and holds fractions, as their average_csv.py expects. Files of earlier versions, which have
+no "unit", hold fractions in the JSON too; `read` converts them.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +21,35 @@ import torch
 import torchvision
 from filelock import FileLock
 
-from metrics.stream_metrics import group_means
+from metrics.summary import average_over_steps, harmonic_mean, missing_steps, summarise
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.store import plain_options
+from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.types import TaskLike
 
 #: What the official CSV writes for a class that is not learned yet or does not occur.
 ABSENT = "x"
+#: Unit of all scores in the JSON.
+UNIT = "percent"
+#: Entries of a step in the JSON that are scores, numbers or dictionaries of numbers.
+SCORES = (
+    *("old", "new", "all", "average_over_steps", "overall_accuracy", "mean_accuracy", "frequency_weighted_accuracy"),
+    *("class_iou", "class_accuracy"),
+)
+#: Options that change the scores of given weights.
+EVALUATION_OPTIONS = (
+    *(
+        "data_root",
+        "shapes_val",
+        "test_on_val",
+        "val_on_trainset",
+        "cross_val",
+        "crop_val",
+        "crop_size",
+        "ignore_test_bg",
+    ),
+    *("dont_predict_bg", "pooling", "opt_level", "amp_dtype"),
+)
 
 
 def csv_path(opts: Namespace, task: TaskLike) -> Path:
@@ -39,7 +66,7 @@ def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bo
         model_state: weights by name, without the wrapper's prefix.
     """
     path = csv_path(opts, task)
-    entry = _read_json(path.with_suffix(".json"))["steps"].get(str(task.step), {})
+    entry = _read_or_empty(path.with_suffix(".json"))["steps"].get(str(task.step), {})
     return task.step in _read_rows(path) and entry.get("weights_sha256") == checkpoint_files.digest(model_state)
 
 
@@ -53,7 +80,12 @@ def check(opts: Namespace, task: TaskLike) -> None:
     path = csv_path(opts, task)
     checkpoint_files.require_places(path, path.with_suffix(".json"))
     _read_rows(path)
-    _read_json(path.with_suffix(".json"))
+    _require_task(path, _read_or_empty(path.with_suffix(".json")), task)
+
+
+def missing(opts: Namespace, task: TaskLike) -> list[int]:
+    """The steps before this one of which the results have no scores."""
+    return missing_steps(map(int, _read_or_empty(csv_path(opts, task).with_suffix(".json"))["steps"]), task.step)
 
 
 def write(
@@ -64,7 +96,7 @@ def write(
     Args:
         opts: results, date, name.
         task: which step was tested.
-        scores: of `Trainer.evaluate`, with the SHA-256 of the "Weights".
+        scores: of `Trainer.evaluate`, fractions, with the SHA-256 of the "Weights".
         class_names: by position in the order of learning.
         history: of `Trainer`, one entry an epoch.
 
@@ -72,57 +104,158 @@ def write(
         The step's entry in the JSON.
 
     Raises:
+        ValueError: the file holds the results of another task.
         OSError: the folder cannot be written; neither file is changed.
     """
-    path = csv_path(opts, task)
-    path.parent.mkdir(parents=True, exist_ok=True)
     class_iou = scores["Class IoU"]
     num_classes = max(len(task.at(task.last_step).label_ids), len(class_iou))
     columns = [str(class_iou[c]) if class_iou.get(c) is not None else ABSENT for c in range(num_classes)]
+    row = f"{task.step},{','.join(columns)},{scores['Mean IoU']}"
+    entry = _entry(opts, task, scores, class_names, history)
+    return _record(opts, task, {task.step: row}, {str(task.step): entry})[str(task.step)]
+
+
+def describe(entry: dict[str, Any], labels: str) -> str:
+    """The figures of a step in a line.
+
+    Args:
+        entry: of the step, as `write` returns it.
+        labels: which labels the test counts, in words.
+    """
+
+    def shown(key: str) -> str:
+        return "-" if entry[key] is None else f"{entry[key]:.2f}"
+
+    return (
+        f"test mIoU old {shown('old')}, new {shown('new')}, all {shown('all')}, average over steps {shown('average_over_steps')} "
+        f"(%, {labels})"
+    )
+
+
+def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
+    """Copy the scores of a checkpoint, and of the steps before it, from the results of the run that wrote it.
+
+    Args:
+        opts: results, date, name of the run that goes on from the checkpoint.
+        task: the step of the checkpoint.
+        state: the checkpoint as `store.read` returns it.
+
+    Returns:
+        Whether the results of this run have them now: of these very weights, and tested with the same options.
+
+    Raises:
+        ValueError: the file of this run holds the results of another task.
+        OSError: the folder cannot be written; neither file is changed.
+    """
+    if recorded(opts, task, state["model_state"]):
+        return True
+    theirs = Namespace(**{**vars(opts), **{key: state.get("options", {}).get(key) for key in ("date", "name")}})
+    if not all(PART_OF_FILE_NAME.fullmatch(str(part)) for part in (theirs.date, theirs.name)):
+        return False
+    path = csv_path(theirs, task)
+    try:
+        if not recorded(theirs, task, state["model_state"]):
+            return False
+        document, rows = read(path.with_suffix(".json")), _read_rows(path)
+        _require_task(path, document, task)
+    except ValueError:  # a file that this program did not write, or of another task, does not have them
+        return False
+    steps = range(task.step + 1)
+    entries = {str(step): document["steps"].get(str(step), {}) for step in steps}
+    known = all(step in rows and entries[str(step)].get("evaluation") == _evaluation(opts) for step in steps)
+    if known:
+        _record(opts, task, {step: rows[step] for step in steps}, entries)
+    return known
+
+
+def _record(opts: Namespace, task: TaskLike, rows: dict[int, str], entries: dict[str, Any]) -> dict[str, Any]:
+    """Put rows into the CSV and entries into the JSON; returns all entries of the JSON."""
+    path = csv_path(opts, task)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):
-        rows = _read_rows(path)
-        rows[task.step] = f"{task.step},{','.join(columns)},{scores['Mean IoU']}"
-        document = _read_json(path.with_suffix(".json"))
-        entry = _entry(task, scores, class_names, history)
-        document |= _header(opts, task)
-        document["steps"][str(task.step)] = entry
-        entry["average_over_steps"] = _average(document["steps"], task.step)
-        document["average_over_steps"] = _average(document["steps"], task.last_step)
+        rows = _read_rows(path) | rows
+        document = _read_or_empty(path.with_suffix(".json"))
+        _require_task(path, document, task)
+        steps = document["steps"] | entries
+        document |= _header(opts, task) | {"steps": {step: steps[step] for step in sorted(steps, key=int)}}
+        _summarise(document, task.at(0).num_total)
         # The CSV goes first: `recorded` believes the JSON's digest of the weights.
         table = "".join(f"{rows[step]}\n" for step in sorted(rows))
         _replace({path: table, path.with_suffix(".json"): json.dumps(document, indent=1)})
-    return entry
+    return document["steps"]
 
 
-def _average(steps: dict[str, Any], last: int) -> float | None:
-    """Mean of the mIoU of the steps that were tested, up to one of them."""
-    means = [steps[str(step)]["all"] for step in range(last + 1) if str(step) in steps]
-    known = [mean for mean in means if mean is not None]
-    return sum(known) / len(known) if known else None
+def _require_task(path: Path, document: dict[str, Any], task: TaskLike) -> None:
+    """Refuse to mix the results of two tasks, or of two orders of classes under one name.
+
+    Raises:
+        ValueError: names the file.
+    """
+    theirs = document.get("class_order")
+    if document["steps"] and theirs != [list(step) for step in task.steps]:
+        raise ValueError(
+            f"{path.with_suffix('.json')} holds the results of another order of classes, {str(theirs)[:200]}; choose another --name or "
+            "--date, or move it away"
+        )
 
 
-def _entry(task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]) -> dict[str, Any]:
-    means = group_means(scores["Class IoU"], task.at(0).num_total)
-    return {
-        **means,
+def _summarise(document: dict[str, Any], num_base: int) -> None:
+    """Complete the figures of all steps, of which a new entry may have changed the averages."""
+    entries = document["steps"]
+    figures = summarise({int(step): list(entry["class_iou"].values()) for step, entry in entries.items()}, num_base)
+    for step, summary in figures.items():
+        entries[str(step)] |= summary._asdict()
+    document["average_over_steps"] = figures[max(figures)].average_over_steps
+
+
+def _evaluation(opts: Namespace) -> dict[str, Any]:
+    """The options on which the scores of given weights depend."""
+    return {dest: value for dest, value in plain_options(opts).items() if dest in EVALUATION_OPTIONS}
+
+
+def _entry(
+    opts: Namespace, task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]
+) -> dict[str, Any]:
+    """The entry of a step in the JSON, but for the figures of `metrics.summary`."""
+    fractions = {
         "overall_accuracy": scores["Overall Acc"],
         "mean_accuracy": scores["Mean Acc"],
         "frequency_weighted_accuracy": scores["FreqW Acc"],
         "class_iou": {name: scores["Class IoU"][i] for i, name in enumerate(class_names)},
         "class_accuracy": {name: scores["Class Acc"][i] for i, name in enumerate(class_names)},
+    }
+    return percent(fractions) | {
+        "evaluation": _evaluation(opts),
         "weights_sha256": scores["Weights"],
         "confusion_matrix": scores["Confusion Matrix"].tolist(),
-        "epochs": history,
+        "epochs": [_epoch_in_percent(epoch) for epoch in history],
     }
+
+
+def percent(value: Any) -> Any:
+    """Fractions as percentages: a number, None, or a dictionary of these."""
+    if isinstance(value, dict):
+        return {key: percent(part) for key, part in value.items()}
+    return None if value is None else 100 * value
+
+
+def _epoch_in_percent(epoch: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the history; the validation of earlier versions, "val_miou", was a fraction."""
+    epoch = dict(epoch)
+    if "val_miou" in epoch:
+        epoch["validation_miou"] = percent(epoch.pop("val_miou"))
+    return epoch
 
 
 def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
     return {
+        "unit": UNIT,
         "dataset": task.dataset,
         "task": task.name,
         "name": opts.name,
         "method": opts.method,
         "class_order": [list(step) for step in task.steps],
+        "base_classes": task.at(0).num_total,
         "options": plain_options(opts),
         "versions": {
             "python": platform.python_version(),
@@ -163,18 +296,50 @@ def _read_rows(path: Path) -> dict[int, str]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An existing JSON, or an empty one; its "steps" are there in any case."""
-    if not path.is_file():
-        return {"steps": {}}
+def read(path: Path) -> dict[str, Any]:
+    """The JSON of a run, scores in percent.
+
+    Args:
+        path: written by this or an earlier version.
+
+    Returns:
+        The document; its "steps" have the entries of `write` by the number of the step, as text, in ascending order.
+
+    Raises:
+        ValueError: not the JSON of a run.
+        OSError: the file cannot be read.
+    """
     try:
-        document = json.loads(path.read_text())
-        well_formed = all(isinstance(entry["all"], float | None) for entry in document["steps"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entries = {str(step): dict(document["steps"][str(step)]) for step in sorted(map(int, document["steps"]))}
+        if document.get("unit") is None:
+            entries = {step: _entry_in_percent(entry) for step, entry in entries.items()}
+        well_formed = all(
+            isinstance(value, float | None) for e in entries.values() for value in (e["old"], e["new"], e["all"])
+        ) and all(PART_OF_FILE_NAME.fullmatch(document[key]) for key in ("dataset", "task", "name"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
-    if not well_formed:
+    if not well_formed or document.get("unit", UNIT) != UNIT:
         raise ValueError(f"results file {path} is not one that this program wrote; move it away, then run again")
-    return document
+    averages = average_over_steps({int(step): entry["all"] for step, entry in entries.items()})
+    for (
+        step,
+        entry,
+    ) in entries.items():  # earlier versions knew no harmonic mean, and averaged in spite of missing steps
+        entry["harmonic_mean"] = harmonic_mean(entry["old"], entry["new"])
+        entry["average_over_steps"] = averages[int(step)]
+    return document | {"unit": UNIT, "steps": entries}
+
+
+def _entry_in_percent(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a step in a file of an earlier version, which held fractions."""
+    scores = {key: percent(entry[key]) for key in SCORES if key in entry}
+    return entry | scores | {"epochs": [_epoch_in_percent(epoch) for epoch in entry.get("epochs", [])]}
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON of a run, or one without steps where there is none."""
+    return read(path) if path.is_file() else {"steps": {}}
 
 
 def _replace(texts: dict[Path, str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -73,3 +76,22 @@ def confusion_picture(matrix: Tensor, class_names: list[str]) -> np.ndarray:
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class's pixels")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def pictures_of_test(
+    scores: dict[str, Any], class_names: list[str], to_pixels: Callable[[Tensor], Tensor]
+) -> dict[str, np.ndarray]:
+    """The pictures that TensorBoard shows of a test.
+
+    Args:
+        scores: of `Trainer.evaluate`.
+        class_names: by position in the order of learning.
+        to_pixels: from a normalised image to (3, H, W) uint8.
+
+    Returns:
+        By name, (H, W, 3) uint8.
+    """
+    pictures = {"test/confusion": confusion_picture(scores["Confusion Matrix"], class_names)}
+    for number, (image, label, prediction) in enumerate(scores["samples"]):
+        pictures[f"test/sample{number}"] = strip(to_pixels(image), label, prediction)
+    return pictures

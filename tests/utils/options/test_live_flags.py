@@ -268,7 +268,7 @@ def test_epochs(tmp_path, monkeypatch):
     assert thin.launch(tmp_path, "--task 6-2 --epochs 5 --val_interval 2 --ckpt_interval 3") == 0
     epochs = thin.document(tmp_path)["steps"]["0"]["epochs"]
     assert len(epochs) == 5 and saves == [3]
-    assert ["val_miou" in epoch for epoch in epochs] == [False, True, False, True, False]
+    assert ["validation_miou" in epoch for epoch in epochs] == [False, True, False, True, False]
 
 
 # -------------------------------------------------------------------------- network

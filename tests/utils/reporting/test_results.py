@@ -72,10 +72,13 @@ def test_json_by_hand(tmp_path):
     entry = write(tmp_path, 1)
     found = document(tmp_path)
     assert found["steps"]["1"] == entry
-    assert entry["old"] == pytest.approx((5 / 8 + 1.6) / 3, abs=1e-5)
-    assert entry["new"] == pytest.approx(0.8, abs=1e-5)
-    assert entry["all"] == pytest.approx((5 / 8 + 2.4) / 4, abs=1e-5)
-    assert entry["average_over_steps"] == pytest.approx(((5 / 7 + 1.6) / 3 + (5 / 8 + 2.4) / 4) / 2, abs=1e-5)
+    assert found["unit"] == "percent"
+    assert entry["old"] == pytest.approx(100 * (5 / 8 + 1.6) / 3, abs=1e-3)
+    assert entry["new"] == pytest.approx(80, abs=1e-3)
+    assert entry["all"] == pytest.approx(100 * (5 / 8 + 2.4) / 4, abs=1e-3)
+    assert entry["average_over_steps"] == pytest.approx(50 * ((5 / 7 + 1.6) / 3 + (5 / 8 + 2.4) / 4), abs=1e-3)
+    assert entry["class_iou"]["cow"] == entry["class_accuracy"]["cow"] == pytest.approx(80, abs=1e-3)
+    assert entry["overall_accuracy"] == pytest.approx(100 * 17 / 20)
     assert found["average_over_steps"] == entry["average_over_steps"]
     assert found["steps"]["0"]["new"] is None
     assert list(entry["class_iou"]) == NAMES[:4]
@@ -130,8 +133,47 @@ def test_recorded_knows_the_weights(tmp_path):
     assert not results.recorded(opts, task(0), WEIGHTS)
 
 
+def test_a_file_of_an_earlier_version_is_read_in_percent(tmp_path):
+    """It held fractions and no unit."""
+    write(tmp_path, 0)
+    new = document(tmp_path)
+    old = json.loads(json.dumps(new))
+    del old["unit"]
+    for key in results.SCORES:
+        value = old["steps"]["0"][key]
+        if isinstance(value, dict):
+            old["steps"]["0"][key] = {name: part / 100 for name, part in value.items()}
+        elif value is not None:
+            old["steps"]["0"][key] = value / 100
+    old["steps"]["0"]["epochs"][0]["val_miou"] = 0.25
+    path = tmp_path / "d_folder_3-1_n.json"
+    path.write_text(json.dumps(old))
+    found = results.read(path)
+    assert found["unit"] == "percent"
+    for key in results.SCORES:
+        assert found["steps"]["0"][key] == pytest.approx(new["steps"]["0"][key]), key
+    assert found["steps"]["0"]["epochs"] == [new["steps"]["0"]["epochs"][0] | {"validation_miou": 25.0}]
+    write(tmp_path, 1)  # and continued in percent
+    assert document(tmp_path)["steps"]["0"] == found["steps"]["0"]
+
+
+def test_a_file_in_another_unit_is_refused(tmp_path):
+    write(tmp_path, 0)
+    path = tmp_path / "d_folder_3-1_n.json"
+    path.write_text(json.dumps(document(tmp_path) | {"unit": "parts per million"}))
+    with pytest.raises(ValueError, match="move it away"):
+        results.read(path)
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "null", '{"steps": 3}', '{"steps": {"0": {}}}', '{"steps": {"0": {"all": "x"}}}', "\xff"]
+    "text",
+    [
+        *("{", "[]", "null", '{"steps": 3}', '{"steps": {"0": {}}}', '{"steps": {"0": {"all": "x"}}}', "\xff"),
+        '{"steps": {}}',
+        '{"steps": {}, "dataset": "folder", "task": "../3-1", "name": "n"}',
+        '{"steps": {"a": {}}, "dataset": "folder", "task": "3-1", "name": "n"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_json_of_others_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "d_folder_3-1_n.json"

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.support import thin
@@ -118,6 +119,36 @@ def test_half_precision_trains_finite_and_close_to_float32(method, dtype):
             assert all(p.dtype is torch.float32 and p.isfinite().all() for p in trainer.network.parameters())
     assert found["O1"][0]["ce"] == pytest.approx(found["O0"][0]["ce"], rel=0.05)
     assert all(abs(value) < 1e4 for values in found["O1"] for value in values.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_most_likely_class_is_that_of_float32_logits(dtype):
+    """Half precision rounds neighbouring logits to equal ones, of which arg-max takes the lower index: an older class."""
+    with thin.program():
+        step = thin.Step(f"--method PLOP --opt_level O1 --amp_dtype {dtype}")
+        images, labels = thin.images(4, 64), thin.bands(0, 4, 5, 255, count=4, size=64)
+        step.begin(images, labels)
+        trainer = step.trainer()
+        trainer.network.eval()
+        with torch.no_grad():  # every class is likely somewhere
+            means = trainer.network(images).logits.mean((0, 2, 3)).split(trainer.network.classes)
+            for classifier, mean in zip(trainer.network.cls, means):
+                classifier.bias -= mean
+        with torch.no_grad(), trainer.precision.autocast():
+            student, batch = trainer.network(images), step.method.prepare(images, labels, step.teacher)
+        for taps in (student, batch.teacher):
+            assert taps.logits_small.dtype is getattr(torch, dtype) and taps.logits.dtype is torch.float32
+        rounded, exact = (
+            F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False).argmax(1)
+            for small in (student.logits_small, student.logits_small.float())
+        )
+        assert (rounded[rounded != exact] < exact[rounded != exact]).all() and (rounded != exact).any()
+        assert torch.equal(trainer.predict(images), exact)
+        trusted = batch.pseudo_mask
+        teacher = F.interpolate(
+            batch.teacher.logits_small.float(), size=images.shape[2:], mode="bilinear", align_corners=False
+        )
+        assert trusted.any() and torch.equal(batch.labels[trusted], teacher.argmax(1)[trusted])
 
 
 # ------------------------------------------------------------------------- apex

@@ -278,7 +278,7 @@ def test_a_stop_request_of_one_is_one_of_all(ended):
     assert said(ended, "stopped") == ["stopped by SIGTERM; the same command with --resume continues\n", ""]
     assert [len(notes["iterations"]) for notes in ended[0]["stopped"]] == [3, 3]
     assert codes(ended, "stopped resumed") == [0, 0]
-    assert "resumed step 0 at epoch 1, iteration 4" in ended[0]["stopped resumed"][0]["out"]
+    assert "resumed step 0 at epoch 1/2, iteration 4/4" in ended[0]["stopped resumed"][0]["out"]
     assert ended[0]["stopped resumed"][0]["digest"] == ended[0]["base"][0]["digest"]
     assert thin.rows(ended[1] / "stopped")[0] == thin.rows(ended[1] / "base")[0]
     assert codes(ended, "stopped finished") == [0, 0]
