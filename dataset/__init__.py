@@ -128,8 +128,8 @@ def labels_of_validation(opts: Namespace, task: Task) -> str:
 
 
 def labels_of_test(opts: Namespace, task: Task) -> str:
-    """Which labels the test of a step counts, in words; the arguments are those of `labels_of_validation`, and test_on_val."""
-    return labels_of_validation(opts, task) if opts.test_on_val else _ALL_LABELS
+    """Which labels the test of a step counts, in words; the arguments are those of `labels_of_validation`."""
+    return _ALL_LABELS
 
 
 def check_data(opts: Namespace, task: Task) -> list[str]:
