@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -147,19 +147,23 @@ OPS: dict[str, Callable[[Arrays, Meta], Arrays]] = {
 )
 
 
-def check(case: dict[str, np.ndarray], meta: Meta) -> None:
+def check(case: dict[str, np.ndarray], meta: Meta, ops: Mapping[str, Callable[[Arrays, Meta], Arrays]] = OPS) -> None:
     """Computes the outputs of a case and compares every one of them.
 
     Args:
         case: the arrays of the file.
         meta: its decoded meta.
+        ops: the functions by op.
     """
-    outputs = OPS[meta["op"]]({name: torch.from_numpy(array.copy()) for name, array in case.items()}, meta)
+    outputs = ops[meta["op"]]({name: torch.from_numpy(array.copy()) for name, array in case.items()}, meta)
     expected = {name: array for name, array in case.items() if name.startswith("out_")}
     assert set(outputs) == set(expected), "an output is not compared"
     for name, array in expected.items():
         mine = outputs[name].numpy()
         assert mine.shape == array.shape, name
+        if array.dtype == bool:
+            np.testing.assert_array_equal(mine, array, err_msg=name)
+            continue
         tolerance = THRESHOLD_TOLERANCE if name == "out_thresholds" else TOLERANCE
         # Elements that are nearly 0 are compared relative to the largest
         scale = float(np.abs(array[np.isfinite(array)]).max(initial=0))

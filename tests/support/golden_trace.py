@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from zlib import crc32
 
 import numpy as np
@@ -48,9 +51,13 @@ def fill(name: str, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(np.asarray(value)).to(like.dtype)
 
 
-def filled_model(opts, classes: list[int]) -> nn.Module:
-    """A float64 network filled from the names of its parameters and buffers."""
-    model = make_model(opts, classes).double()
+def filled_model(
+    opts: Namespace, classes: list[int], wrap: Callable[[nn.Module], None] = lambda model: None
+) -> nn.Module:
+    """A float64 network, its layers replaced by `wrap`, filled from the names of its parameters and buffers."""
+    model = make_model(opts, classes)
+    wrap(model)
+    model = model.double()
     model.load_state_dict({name: fill(name, value) for name, value in model.state_dict().items()})
     return model
 
@@ -65,33 +72,6 @@ def importance(teacher: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 def fill_importance(kind: str, name: str, like: torch.Tensor) -> torch.Tensor:
     """|randn| from the generator of "fisher:name" or "score:name"."""
     return torch.as_tensor(np.abs(random_of(f"{kind}:{name}").randn(*like.shape))).to(like.dtype)
-
-
-def options(meta: dict):
-    """The case's flags, parsed by the program."""
-    words = [
-        *shlex.split(meta["flags"]),
-        "--norm_act",
-        meta["norm_act"],
-        "--backbone",
-        meta["backbone"],
-        "--no_pretrained",
-    ]
-    words += ["--lr", str(meta["lr"]), "--momentum", str(meta["momentum"]), "--weight_decay", str(meta["weight_decay"])]
-    words += [
-        "--epochs",
-        str(meta["epochs"]),
-        "--step",
-        "1",
-        "--no_progress",
-        "--dataset",
-        "shapes",
-        "--task",
-        "offline",
-    ]
-    opts = argparser.parse(words)
-    opts.lr_of_step, opts.threshold_of_step = meta["lr"], opts.threshold
-    return opts
 
 
 class Recorder(Trainer):
@@ -125,54 +105,147 @@ def relabel_in_place(method) -> None:
     method.prepare = prepare_and_write
 
 
-def replay(case: dict, meta: dict) -> tuple[Recorder, dict[str, np.ndarray]]:
-    """Train the case; returns the trainer and what the golden file calls out_*."""
-    opts = options(meta)
-    old, new = meta["old_classes"], meta["new_classes"]
-    task = Task("golden", "golden", 1, (tuple(range(old)), tuple(range(old, old + new))))
-    teacher = filled_model(opts, [old]).eval().requires_grad_(False)
-    folded = fold_frozen(teacher)  # what run.py trains with
-    model = filled_model(opts, [old, new])
-    previous = {"model_state": teacher.state_dict(), "trainer_state": {"regularizer": importance(teacher)}}
-    method = methods.build(opts, task)
-    method.attach(model, folded, previous if meta["regularizer_state"] else {})
-    count = meta["batches_per_epoch"]
-    loader = FixedBatches(
-        [
-            (torch.as_tensor(case[f"in_images_{i}"]), torch.as_tensor(case[f"in_labels_{i}"]).long())
-            for i in range(count)
-        ]
-    )
-    method.init_classifier(model, folded, loader, torch.device("cpu"))
-    context = Context(torch.device("cpu"), Logger(progress=False))
-    trainer = Recorder(opts, task, method, model, folded, context, count)
-    probe = torch.as_tensor(case["in_probe"]).double()
-    out = {"out_probe_logits_before": probe_logits(trainer, probe)}
-    method.begin_step(loader, folded, torch.device("cpu"))
-    relabel_in_place(method)
-    weights = []
-    for _ in range(meta["epochs"]):
-        trainer.train_epoch(loader)
-        weights.append(
-            [trainer.history[-1]["balance"].get(f"lambda/{name}") for name in getattr(trainer.balancer, "names", ())]
+class Trace:
+    """A golden training trace, replayed in the order of the official programs.
+
+    A method whose runs have further inputs, outputs or steps has a subclass in tests/support/golden_methods/, which overrides what
+    differs.
+
+    Args:
+        case: the arrays of the file.
+        meta: its decoded meta.
+
+    Attributes:
+        opts: the case's flags, parsed by the program.
+        task: the step of the case.
+        method, model, teacher, loader, trainer: what `run` builds; teacher is the network as run.py trains with it.
+        out: what the golden file calls out_*, filled by `run`.
+    """
+
+    def __init__(self, case: dict[str, np.ndarray], meta: dict):
+        self.case, self.meta = case, meta
+        self.opts = self.options()
+        self.task = self.make_task()
+        self.out: dict[str, np.ndarray] = {}
+
+    def words(self) -> list[str]:
+        """The command line: the case's flags, and what its meta says beside them."""
+        meta = self.meta
+        words = [*shlex.split(meta["flags"]), "--norm_act", meta["norm_act"], "--backbone", meta["backbone"]]
+        words += ["--lr", str(meta["lr"]), "--momentum", str(meta["momentum"])]
+        words += ["--weight_decay", str(meta["weight_decay"]), "--epochs", str(meta["epochs"])]
+        words += ["--no_pretrained", "--step", str(meta.get("step", 1)), "--no_progress"]
+        return [*words, "--dataset", "shapes", "--task", "offline"]
+
+    def options(self) -> Namespace:
+        """The options of the step, as run.py sees them."""
+        opts = argparser.parse(self.words())
+        opts.lr_of_step, opts.threshold_of_step = self.meta["lr"], opts.threshold
+        return opts
+
+    def make_task(self) -> Task:
+        """The step of the case: `meta["classes"]` new classes a step, or the old classes in one step and the new ones in another."""
+        meta = self.meta
+        counts = meta.get("classes", [meta["old_classes"], meta["new_classes"]])
+        ends = list(accumulate(counts))
+        steps = tuple(tuple(range(end - count, end)) for count, end in zip(counts, ends))
+        return Task("golden", "golden", meta.get("step", 1), steps)
+
+    def build_network(self, classes: Sequence[int]) -> nn.Module:
+        """A float64 network filled from the names of its parameters and buffers."""
+        return filled_model(self.opts, list(classes), self.method.wrap_model)
+
+    def previous_checkpoint(self, teacher: nn.Module) -> dict:
+        """What step t−1 left, for `Method.attach`."""
+        if not self.meta["regularizer_state"]:
+            return {"model_state": teacher.state_dict()}
+        return {"model_state": teacher.state_dict(), "trainer_state": {"regularizer": importance(teacher)}}
+
+    def batches(self) -> FixedBatches:
+        """The batches of an epoch."""
+        return FixedBatches(
+            [
+                (torch.as_tensor(self.case[f"in_images_{i}"]), torch.as_tensor(self.case[f"in_labels_{i}"]).long())
+                for i in range(self.meta["batches_per_epoch"])
+            ]
         )
-    out["out_probe_logits_after"] = probe_logits(trainer, probe)
-    out["out_loss_weights"] = np.array(weights)
-    if isinstance(trainer.balancer, equilibrium.GradientEquilibrium):
-        out["out_initial_task_losses"] = trainer.balancer.initial_losses.numpy()
-    thresholds = [part.thresholds for part in method.parts if getattr(part, "thresholds", None) is not None]
-    if thresholds:
-        out["out_thresholds"] = thresholds[0].numpy()
-    return trainer, out
 
+    def run(self) -> None:
+        """Train the case and fill `out`."""
+        device = torch.device("cpu")
+        self.method = methods.build(self.opts, self.task)
+        classes = self.task.classes_per_step
+        teacher = self.build_network(classes[:-1]).eval().requires_grad_(False)
+        self.teacher = fold_frozen(teacher)  # what run.py trains with
+        self.model = self.build_network(classes)
+        self.method.attach(self.model, self.teacher, self.previous_checkpoint(teacher))
+        self.loader = self.batches()
+        self.method.init_classifier(self.model, self.teacher, self.loader, device)
+        context = Context(device, Logger(progress=False))
+        self.trainer = Recorder(
+            self.opts, self.task, self.method, self.model, self.teacher, context, self.meta["batches_per_epoch"]
+        )
+        self.before_training()
+        self.train()
+        self.after_training()
 
-@torch.no_grad()
-def probe_logits(trainer: Trainer, probe: torch.Tensor) -> np.ndarray:
-    """Full-size logits of the student in evaluation mode."""
-    trainer.network.eval()
-    logits = trainer.network(probe).logits.numpy()
-    trainer.network.train()
-    return logits
+    def before_training(self) -> None:
+        """What the program does between the initialisation and the first iteration; fills the outputs of that moment."""
+        self.out["out_probe_logits_before"] = self.probe_logits()
+        self.method.begin_step(self.loader, self.teacher, torch.device("cpu"))
+
+    def train(self) -> None:
+        """The epochs of the case."""
+        relabel_in_place(self.method)
+        weights = []
+        for _ in range(self.meta["epochs"]):
+            self.trainer.train_epoch(self.loader)
+            balance = self.trainer.history[-1]["balance"]
+            weights.append([balance.get(f"lambda/{name}") for name in getattr(self.trainer.balancer, "names", ())])
+        self.out["out_loss_weights"] = np.array(weights)
+
+    def after_training(self) -> None:
+        """Fill the outputs of the trained network."""
+        self.out["out_probe_logits_after"] = self.probe_logits()
+        if isinstance(self.trainer.balancer, equilibrium.GradientEquilibrium):
+            self.out["out_initial_task_losses"] = self.trainer.balancer.initial_losses.numpy()
+        thresholds = [part.thresholds for part in self.method.parts if getattr(part, "thresholds", None) is not None]
+        if thresholds:
+            self.out["out_thresholds"] = thresholds[0].numpy()
+
+    @torch.no_grad()
+    def probe_logits(self) -> np.ndarray:
+        """Full-size logits of the student for `in_probe`, in evaluation mode."""
+        network = self.trainer.network
+        network.eval()
+        logits = network(torch.as_tensor(self.case["in_probe"]).double()).logits.numpy()
+        network.train()
+        return logits
+
+    def epoch_row(self, means: dict[str, float]) -> list[float]:
+        """The golden columns of one epoch: the means of our terms under the official names."""
+        return epoch_row(means, self.meta)
+
+    def check(self) -> None:
+        """Compare what `run` filled with the golden file, number by number.
+
+        Raises:
+            AssertionError: a number differs, or an output of the file is not compared.
+        """
+        case, meta = self.case, self.meta
+        if meta.get("loss_lines"):
+            lines = [log_figures(line) for line in meta["loss_lines"]]
+            names = list(lines[0])
+            mine = [[log_line(values, meta)[name] for name in names] for values in self.trainer.recorded]
+            close_by_column(mine, [[line[name] for name in names] for line in lines], "log lines", names)
+        rows = [self.epoch_row(entry["losses"]) for entry in self.trainer.history if "phase" not in entry]
+        close_by_column(rows, case["out_epochs"], "epochs", meta["epoch_columns"])
+        for name, value in self.out.items():
+            if name in case:
+                compare_output(name, value, case[name])
+        missing = {name for name in case if name.startswith("out_")} - {*self.out, "out_epochs"}
+        assert not missing, f"golden outputs that are not compared: {sorted(missing)}"
+        assert checkpoint_files.LOSS_WEIGHTS not in self.trainer.network.state_dict()
 
 
 def log_line(values: dict[str, float], meta: dict) -> dict[str, float]:
@@ -205,27 +278,3 @@ def epoch_row(means: dict[str, float], meta: dict) -> list[float]:
         return [means["ce"], extra]
     taps = [value for name, value in means.items() if "/" in name]
     return [means["ce"], means["kd"], equilibrium_total(taps, means["mcd"], meta), *taps, means["mcd"]]
-
-
-def check(case: dict, meta: dict) -> None:
-    """Compare a replayed trace with the golden one, number by number.
-
-    Args:
-        case: the arrays of the file.
-        meta: its decoded meta.
-
-    Raises:
-        AssertionError: a number differs, or an output of the file is not compared.
-    """
-    trainer, out = replay(case, meta)
-    lines = [log_figures(line) for line in meta["loss_lines"]]
-    names = list(lines[0])
-    mine = [[log_line(values, meta)[name] for name in names] for values in trainer.recorded]
-    close_by_column(mine, [[line[name] for name in names] for line in lines], "log lines", names)
-    rows = [epoch_row(entry["losses"], meta) for entry in trainer.history]
-    close_by_column(rows, case["out_epochs"], "epochs", meta["epoch_columns"])
-    for name, value in out.items():
-        if name in case:
-            compare_output(name, value, case[name])
-    assert {name for name in case if name.startswith("out_")} <= {*out, "out_epochs"}, "a golden output is not compared"
-    assert checkpoint_files.LOSS_WEIGHTS not in trainer.network.state_dict()
