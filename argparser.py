@@ -21,6 +21,7 @@ from typing import Any
 
 import methods
 from dataset import DATASETS, load_task, tasks
+from utils.errors import UserError
 from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
 
@@ -113,13 +114,13 @@ def check(opts: argparse.Namespace) -> None:
         opts: what `parse` returned.
 
     Raises:
-        ValueError: the first fault found; names the flag, its value and the remedy.
+        UserError: the first fault found; names the flag, its value and the remedy.
     """
     if opts.list_methods:
         return
     built = list(methods.METHODS)
     if opts.method is not None and opts.method not in built:
-        raise ValueError(f"--method {opts.method} is not built in this version; choose one of {', '.join(built)}")
+        raise UserError(f"--method {opts.method} is not built in this version; choose one of {', '.join(built)}")
     checks.check_all(opts)
     _check_task(opts)
 
@@ -144,7 +145,7 @@ def _check_task(opts: argparse.Namespace) -> None:
     """The task exists and has the steps."""
     steps = [load_task(opts, step) for step in opts.step]
     if opts.method == "Joint" and steps[0].last_step > 0:
-        raise ValueError(
+        raise UserError(
             f"--method Joint learns all classes at once, but task {steps[0].name} has {steps[0].last_step + 1} steps; "
             f"use --task {tasks.OFFLINE}"
         )

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.errors import UserError
+
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(opts)
         elif distributed.first_here():
             print(methods.describe())
-    except (Stopped, NonFiniteLoss, ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (Stopped, NonFiniteLoss, UserError, OSError, RuntimeError, MemoryError) as error:
         code = errors.report(error, opts.debug)
         if code is None:
             raise
@@ -126,7 +128,7 @@ def check_later_steps(opts: Namespace) -> None:
     """Refuse, before the first step is trained, what a later one would stumble over.
 
     Raises:
-        ValueError: a step without images, or without the checkpoint that it builds on.
+        UserError: a step without images, or without the checkpoint that it builds on.
     """
     for number, step in enumerate(opts.step):
         task = dataset.load_task(opts, step)

@@ -19,6 +19,7 @@ from modules.pretrained import load_backbone
 from modules.resnet import ResNet
 from modules.upsample import upsample
 from utils.checkpointing.store import Store, read
+from utils.errors import UserError
 from utils.runtime.amp import at_least_float32
 from utils.types import TAP_NAMES, Taps
 
@@ -127,7 +128,7 @@ def make_model(
         The model on the CPU, in training mode.
 
     Raises:
-        ValueError: an option without meaning, or backbone weights that are missing or do not fit.
+        UserError: an option without meaning, or backbone weights that are missing or do not fit.
     """
     norm = make_norm(opts.norm_act)
     if opts.backbone == "mobilenet_v2":
@@ -239,7 +240,7 @@ def load_weights(
         new_classifier: number of the classifier that these weights cannot have yet, or None.
 
     Raises:
-        ValueError: names or shapes do not fit, or values are not finite.
+        UserError: names or shapes do not fit, or values are not finite.
     """
     own = model.state_dict()
     fresh = f"cls.{new_classifier}."
@@ -253,12 +254,12 @@ def load_weights(
         (unexpected if strict else [], "unexpected", tolerant),
     ):
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{path} does not fit the network: {names[0]} and {len(names) - 1} more are {what}; use the same --backbone, "
                 f"--task and classifier options as for that checkpoint{more}"
             )
     if spoilt := [name for name in own if name in weights and not bool(weights[name].isfinite().all())]:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a network that went astray: {spoilt[0]} and {len(spoilt) - 1} more have values that are not finite; "
             "train that step again, with a lower --lr"
         )

@@ -25,6 +25,7 @@ from segmentation_module import SegmentationModel
 from utils import scheduler
 from utils.checkpointing import structure
 from utils.checkpointing.random_state import random_state, set_random_state
+from utils.errors import UserError
 from utils.optimizer import make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
@@ -406,24 +407,26 @@ class Trainer:
         """Continue where `state_dict` was taken, with the same number of processes.
 
         Raises:
-            ValueError: taken with another number of processes, or not by this program.
+            UserError: taken with another number of processes, or not by this program.
         """
         try:
             self._load(state)
-        except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError) as error:
-            raise ValueError(
+        except structure.LOAD_ERRORS as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
                 f"--resume: the state of the interrupted run does not fit this one ({type(error).__name__}); start anew without it"
             ) from error
 
     def _load(self, state: dict[str, Any]) -> None:
         if state.get("version") != STATE_VERSION:
-            raise ValueError(
+            raise UserError(
                 "--resume: the interrupted run is of another version of this program, which would not continue it exactly; "
                 "start the step anew without --resume"
             )
         random, processes = state["random"], distributed.world_size()
         if len(random) != processes:
-            raise ValueError(
+            raise UserError(
                 f"the interrupted run had {len(random)} processes, this one has {processes}; "
                 "start as many as before, or without --resume"
             )

@@ -21,6 +21,7 @@ from dataset.source import FileSource
 from dataset.tasks import Task
 from dataset.transform import EvalTransform, FullImage, TrainTransform
 from dataset.voc import Voc
+from utils.errors import UserError
 from utils.types import IGNORE
 
 #: Every value of `--dataset`; None is the embedded data set, which has no files and so no layout.
@@ -51,7 +52,7 @@ def class_names(opts: Namespace) -> tuple[str, ...]:
 
 
 def load_task(opts: Namespace, step: int) -> Task:
-    """The task that `opts` (dataset, task, task_file, data_root) names, at a step; ValueError as `tasks.load`."""
+    """The task that `opts` (dataset, task, task_file, data_root) names, at a step; UserError as `tasks.load`."""
     num_classes = len(class_names(opts)) if opts.dataset not in tasks.KNOWN else None
     return tasks.load(opts.dataset, opts.task, step, getattr(opts, "task_file", None), num_classes)
 
@@ -76,7 +77,7 @@ def build(opts: Namespace, task: Task) -> Splits:
         learning and 255.
 
     Raises:
-        ValueError: no image belongs to one of the three, or a file of the data set cannot be used.
+        UserError: no image belongs to one of the three, or a file of the data set cannot be used.
     """
     train_source, val_source = _source(opts, train=True), _source(opts, train=False)
     learning = task.label_table(_masking(opts), ignore_background=opts.disable_background)
@@ -162,14 +163,14 @@ def _masking(opts: Namespace) -> str:
 
 def _layout(opts: Namespace) -> Layout | None:
     if opts.dataset not in DATASETS:
-        raise ValueError(f"--dataset {opts.dataset!r} is not one of {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {opts.dataset!r} is not one of {', '.join(DATASETS)}")
     return DATASETS[opts.dataset]
 
 
 def _root(opts: Namespace) -> Path:
     root = Path(opts.data_root)
     if not root.is_dir():
-        raise ValueError(f"--data_root {opts.data_root} is not a folder")
+        raise UserError(f"--data_root {opts.data_root} is not a folder")
     return root
 
 
@@ -187,12 +188,12 @@ def _wanted(task: Task, ids: tuple[int, ...]) -> list[int]:
 
 
 def _chosen(source: Source, task: Task, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
-    """Indices of the images with one of the ids (disjoint: and no id of a later step); ValueError if there are none."""
+    """Indices of the images with one of the ids (disjoint: and no id of a later step); UserError if there are none."""
     allowed = [0, *task.order] if disjoint and not task.domain else None
     indices = select(source.presence(), _wanted(task, ids), allowed)
     if len(indices) == 0:
         rule = " and no class of a later step (the disjoint setup; --overlap lifts this)" if allowed else ""
-        raise ValueError(
+        raise UserError(
             f"step {task.step} of task {task.name}: no image of the {source.title} shows "
             f"one of the classes {_wanted(task, ids)}{rule}"
         )
@@ -203,7 +204,7 @@ def _four_fifths(indices: np.ndarray, seed: int, title: str) -> tuple[np.ndarray
     """A random 80 % of the indices and the rest, each in order."""
     cut = int(0.8 * len(indices))
     if cut in (0, len(indices)):
-        raise ValueError(f"--cross_val cannot hold out a fifth of {len(indices)} image(s) of the {title}")
+        raise UserError(f"--cross_val cannot hold out a fifth of {len(indices)} image(s) of the {title}")
     shuffled = np.random.default_rng(seed).permutation(indices)
     return np.sort(shuffled[:cut]), np.sort(shuffled[cut:])
 
@@ -218,7 +219,7 @@ def _share(indices: np.ndarray, train: bool, title: str) -> np.ndarray:
     cut = int(0.8 * len(shuffled))
     kept = shuffled[:cut] if train else shuffled[cut:]
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"--test_on_val keeps 80 % of {len(indices)} image(s) of the {title}, which is none; leave --test_on_val out"
         )
     return np.array(kept, dtype=np.int64)

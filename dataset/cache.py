@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from utils.errors import UserError
+
 FOLDER = ".cisscache"
 _FORMAT = 1
 _LOCK_SECONDS = 1800  # a job that waits longer scans for itself
@@ -31,7 +33,7 @@ def fingerprint(paths: Sequence[str], what: str) -> str:
         what: whatever else the result of the scan depends on.
 
     Raises:
-        ValueError: a file is missing or not a regular file; the message names the first ones.
+        UserError: a file is missing or not a regular file; the message names the first ones.
     """
     digest = hashlib.sha256(f"{_FORMAT} {what}".encode())
     problems = []
@@ -43,7 +45,7 @@ def fingerprint(paths: Sequence[str], what: str) -> str:
             continue
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     if problems:
-        raise ValueError(first_few(problems))
+        raise UserError(first_few(problems))
     return digest.hexdigest()
 
 

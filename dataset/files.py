@@ -3,7 +3,7 @@
     python dataset/files.py < job.json > answer.json
 
 The scan runs in processes (Pillow decodes under Python's global lock), and those are plain subprocesses of this file:
-it imports neither torch nor the rest of the package, so that one starts in a tenth of a second.
+it imports neither torch nor anything else of the program but utils/errors.py, so that one starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.errors import UserError
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 #: Below this many files a second process costs more than it saves.
 _FILES_PER_PROCESS = 500
 _MAX_PROCESSES = 16
@@ -27,18 +31,18 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
 def _open(path: str, what: str) -> Image.Image:
-    """The opened, not yet decoded image; ValueError that names the file where that fails."""
+    """The opened, not yet decoded image; UserError that names the file where that fails."""
     try:
         if stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise OSError("it is no regular file")  # reading a pipe would wait for ever
         image = Image.open(path, formats=_FORMATS)
     except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist") from None
+        raise UserError(f"{what} {path} does not exist") from None
     except Exception as error:  # decoders raise a dozen types on damaged files
-        raise ValueError(f"{what} {path} cannot be read: {_reason(error, path)}") from None
+        raise UserError(f"{what} {path} cannot be read: {_reason(error, path)}") from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{what} {path} has {image.width} x {image.height} pixels, more than the limit of {limit}")
+        raise UserError(f"{what} {path} has {image.width} x {image.height} pixels, more than the limit of {limit}")
     return image
 
 
@@ -52,14 +56,14 @@ def _decode(image: Image.Image, path: str, what: str) -> None:
     try:
         image.load()
     except Exception as error:  # as above
-        raise ValueError(f"{what} {path} is damaged: {_reason(error, path)}") from None
+        raise UserError(f"{what} {path} is damaged: {_reason(error, path)}") from None
 
 
 def open_mask(path: str) -> Image.Image:
     """The decoded mask at `path`: 8 bits, one channel, palette or grey, each value a class id."""
     mask = _open(path, "mask")
     if mask.mode not in ("P", "L"):
-        raise ValueError(
+        raise UserError(
             f"mask {path} has the mode {mask.mode!r}: a mask is an 8-bit image of one channel (palette or grey) "
             "whose values are class ids"
         )
@@ -81,14 +85,14 @@ def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
         _decode(image, path, "image")
         image = ImageOps.exif_transpose(image)
     if image.size != size:
-        raise ValueError(
+        raise UserError(
             f"image {path} has {stored[0]} x {stored[1]} pixels, its mask {size[0]} x {size[1]}: they must be equal"
         )
     return image
 
 
 def read_pair(image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image (H, W, 3) and mask (H, W), uint8; ValueError that names the file for one that cannot be used."""
+    """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that cannot be used."""
     mask = open_mask(mask_path)
     image = open_image(image_path, mask.size)
     _decode(image, image_path, "image")
@@ -109,15 +113,15 @@ def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode:
         shown = [value for value, count in enumerate(mask.histogram()) if count]
         foreign = [value for value in shown if value not in valid]
         if foreign:
-            raise ValueError(f"mask {mask_path} has the value {foreign[0]}, which is not a class of the data set")
-    except ValueError as error:
+            raise UserError(f"mask {mask_path} has the value {foreign[0]}, which is not a class of the data set")
+    except UserError as error:
         problems.append(str(error))
     if decode or not problems:
         try:
             image = open_image(image_path, size)
             if decode:
                 _decode(image, image_path, "image")
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     return ([], "\n".join(problems)) if problems else (shown, "")
 
@@ -134,7 +138,10 @@ def inspect(
     command = [sys.executable, os.path.abspath(__file__)]
     # a session of their own: Ctrl-C is for the main process alone, which then ends them
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    workers = [subprocess.Popen(command, **options) for _ in jobs]
+    search = os.pathsep.join(
+        filter(None, (_ROOT, os.environ.get("PYTHONPATH")))
+    )  # where utils/errors.py is imported from
+    workers = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search}, **options) for _ in jobs]
     found: list = [None] * len(pairs)
     try:
         for worker, job in zip(workers, jobs):

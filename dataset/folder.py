@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from dataset.layout import IMAGE_SUFFIXES, FilePair, Layout, inside, read_lines, read_pairs
+from utils.errors import UserError
 
 
 class Folder(Layout):
@@ -28,10 +29,10 @@ class Folder(Layout):
         path = root / "classes.txt"
         names = read_lines(path, self.hint)
         if not 2 <= len(names) <= 255:
-            raise ValueError(f"{path} names {len(names)} classes, it must be 2 (background is one) to 255")
+            raise UserError(f"{path} names {len(names)} classes, it must be 2 (background is one) to 255")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{path} names the class {twice[0]!r} twice")
+            raise UserError(f"{path} names the class {twice[0]!r} twice")
         return tuple(names)
 
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
@@ -53,4 +54,4 @@ class Folder(Layout):
         for suffix in IMAGE_SUFFIXES:
             if os.path.exists(path + suffix):
                 return path + suffix
-        raise ValueError(f"{place}: image {path} does not exist, with none of the suffixes {', '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"{place}: image {path} does not exist, with none of the suffixes {', '.join(IMAGE_SUFFIXES)}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.cache import first_few
+from utils.errors import UserError
 from utils.types import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -57,22 +58,22 @@ class Layout:
 
 
 def read_lines(path: Path, hint: str) -> list[str]:
-    """The non-empty lines of a text file, stripped; ValueError that names the file if it is not one or is empty."""
+    """The non-empty lines of a text file, stripped; UserError that names the file if it is not one or is empty."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError(f"{path} is not a file: {hint}")
+        raise UserError(f"{path} is not a file: {hint}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {hint}") from None
+        raise UserError(f"{path} does not exist: {hint}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+        raise UserError(f"{path} is not a text file in UTF-8: {error}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty: {hint}")
+        raise UserError(f"{path} is empty: {hint}")
     return lines
 
 
-class BadEntries(ValueError):
+class BadEntries(UserError):
     """Lines of a split file that cannot be used.
 
     Args:
@@ -94,14 +95,14 @@ def read_pairs(split: Path, hint: str, parse: Callable[[str, str], FilePair]) ->
         parse: turns a line, and the name of its place for messages, into a pair.
 
     Raises:
-        BadEntries: `parse` raised ValueError for some lines.
-        ValueError: there is no such file, or nothing in it.
+        BadEntries: `parse` raised UserError for some lines.
+        UserError: there is no such file, or nothing in it.
     """
     good, problems = [], []
     for number, line in enumerate(read_lines(split, hint), 1):
         try:
             good.append(parse(line, f"{split}, entry {number}"))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
         raise BadEntries(problems, good)
@@ -117,26 +118,26 @@ def inside(folder: Path, name: str, place: str) -> str:
         place: file and line, for the message.
 
     Raises:
-        ValueError: for an absolute path, one with "..", or one with a control character.
+        UserError: for an absolute path, one with "..", or one with a control character.
     """
     if os.path.isabs(name) or PurePosixPath(name).is_absolute():
-        raise ValueError(f"{place}: {name!r:.200} is an absolute path: paths are relative to {folder}")
+        raise UserError(f"{place}: {name!r:.200} is an absolute path: paths are relative to {folder}")
     if ".." in name.replace("\\", "/").split("/"):
-        raise ValueError(f"{place}: {name!r:.200} leads out of {folder}: '..' is not allowed")
+        raise UserError(f"{place}: {name!r:.200} leads out of {folder}: '..' is not allowed")
     if not name.isprintable():
-        raise ValueError(f"{place}: {name!r:.200} has a control character")
+        raise UserError(f"{place}: {name!r:.200} has a control character")
     return os.path.join(folder, name)
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...], hint: str) -> list[str]:
-    """Sorted names of the files with one of the suffixes; ValueError that names the folder if there are none."""
+    """Sorted names of the files with one of the suffixes; UserError that names the folder if there are none."""
     endings = tuple(suffix.lower() for suffix in suffixes)
     try:
         names = sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"the folder {folder} does not exist: {hint}") from None
+        raise UserError(f"the folder {folder} does not exist: {hint}") from None
     if not names:
-        raise ValueError(f"the folder {folder} has no file {' or '.join('*' + suffix for suffix in suffixes)}: {hint}")
+        raise UserError(f"the folder {folder} has no file {' or '.join('*' + suffix for suffix in suffixes)}: {hint}")
     return names
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dataset.cache import cached, fingerprint, first_few
 from dataset.files import inspect, read_pair
 from dataset.layout import BadEntries, FilePair, Layout
+from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 #: A scan of fewer masks than this is not worth a line in the log.
@@ -26,7 +27,7 @@ class FileSource:
         problems: takes a sentence for each entry of the split that cannot be used; None: they are errors.
 
     Raises:
-        ValueError: the split is missing or empty, or has entries that cannot be used.
+        UserError: the split is missing or empty, or has entries that cannot be used.
     """
 
     def __init__(self, layout: Layout, root: Path, train: bool, problems: list[str] | None = None) -> None:
@@ -47,7 +48,7 @@ class FileSource:
         return len(self._pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) and mask (H, W), uint8; ValueError that names the file for one that is damaged."""
+        """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that is damaged."""
         return read_pair(*self.files(index))
 
     def files(self, index: int) -> tuple[str, str]:
@@ -60,7 +61,7 @@ class FileSource:
         The masks are read once, and again only when a file has changed.
 
         Raises:
-            ValueError: a file is missing, a mask cannot be used or does not fit its image; names the files.
+            UserError: a file is missing, a mask cannot be used or does not fit its image; names the files.
         """
         if self.layout.domains:
             return self.domains()
@@ -79,7 +80,7 @@ class FileSource:
         shown, problems = self.inspect(np.arange(len(self)))
         problems = [problem for problem in problems if problem]
         if problems:
-            raise ValueError(first_few(problems))
+            raise UserError(first_few(problems))
         return shown
 
     def inspect(self, indices: np.ndarray, decode: bool = False) -> tuple[np.ndarray, list[str]]:

@@ -11,6 +11,7 @@ import dataset
 from dataset.base import JoinedSet, SegmentationSet
 from dataset.sampler import EpochSampler, LoadedBatches, PartSampler, make_loader
 from dataset.tasks import Task
+from utils.errors import UserError
 from utils.runtime import distributed
 
 #: Given a function that makes a data set of training images by their indices, the data sets of a replay memory.
@@ -21,7 +22,7 @@ def require_batches(images: int, opts: Namespace, task: Task) -> None:
     """Refuse a step whose training images do not fill one batch."""
     world = distributed.world_size()
     if images < opts.batch_size * world and not opts.test:
-        raise ValueError(
+        raise UserError(
             f"step {task.step} of {task.name} has {images} training images, fewer than one batch of "
             f"{opts.batch_size} x {world} process(es); lower --batch_size"
         )

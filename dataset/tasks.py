@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.types import IGNORE
 
 OFFLINE = "offline"
@@ -44,7 +45,7 @@ class Task:
         domain_labels: number of labels of a domain-incremental task.
 
     Raises:
-        ValueError: if the task has no such step; the message names those it has.
+        UserError: if the task has no such step; the message names those it has.
     """
 
     dataset: str
@@ -56,7 +57,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.step, int) and 0 <= self.step < len(self.steps)):
-            raise ValueError(
+            raise UserError(
                 f"task {self.name!r} of {self.dataset} has no step {self.step}: its steps are 0 to {self.last_step}"
             )
 
@@ -135,13 +136,13 @@ class Task:
             (256,) uint8; entry 255 is 255. In a domain-incremental task the labels pass unchanged.
 
         Raises:
-            ValueError: for another kind; "all" is an official spelling that the official program does not implement.
+            UserError: for another kind; "all" is an official spelling that the official program does not implement.
 
         Reference:
             PLOP (CVPR 2021) and MiB (CVPR 2020), section "experimental protocol".
         """
         if kind not in LABEL_KINDS:
-            raise ValueError(f"--data_masking {kind!r} is not one of {', '.join(LABEL_KINDS[:3])}")
+            raise UserError(f"--data_masking {kind!r} is not one of {', '.join(LABEL_KINDS[:3])}")
         if self.domain:
             table = np.full(256, IGNORE, dtype=np.uint8)
             table[: self.domain_labels] = np.arange(self.domain_labels)
@@ -186,7 +187,7 @@ def load(
         num_classes: number of classes with background, for data sets that are not in tasks.json (`folder`).
 
     Raises:
-        ValueError: unknown task or step, or a task file that is not as above; names the file and the value.
+        UserError: unknown task or step, or a task file that is not as above; names the file and the value.
         OSError: the task file cannot be read.
     """
     facts = _tables().get(dataset, {})
@@ -200,7 +201,7 @@ def load(
     elif name in facts.get("tasks", {}):
         steps = tuple(tuple(ids) for ids in facts["tasks"][name])
     else:
-        raise ValueError(
+        raise UserError(
             f"--task {name!r} is not a task of {dataset}: it has {', '.join(names(dataset))}; "
             "an order of your own is given with --task_file"
         )
@@ -212,24 +213,24 @@ def _read_task_file(path: Path, classes: int, domain: bool) -> tuple[str, tuple[
     with path.open("rb") as stream:
         raw = stream.read(_MAX_TASK_FILE + 1)
     if len(raw) > _MAX_TASK_FILE:
-        raise ValueError(f"task file {path} is larger than 1 MiB: is it another file?")
+        raise UserError(f"task file {path} is larger than 1 MiB: is it another file?")
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"task file {path} is not valid JSON: {error}") from None
+        raise UserError(f"task file {path} is not valid JSON: {error}") from None
     name, steps = path.stem, content
     if isinstance(content, dict) and "steps" in content:
         unknown = sorted(set(content) - {"name", "steps"})
         if unknown:
-            raise ValueError(f"task file {path} has the unknown key {unknown[0]!r}: the keys are 'name' and 'steps'")
+            raise UserError(f"task file {path} has the unknown key {unknown[0]!r}: the keys are 'name' and 'steps'")
         name, steps = content.get("name", path.stem), content["steps"]
     if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"task file {path}: the name {name!r:.80} must be 1 to 64 letters, digits, '.', '_', '+' or '-' "
             "(it becomes part of file names)"
         )
     if name in (OFFLINE, *(t for d in _tables().values() for t in d["tasks"])):
-        raise ValueError(f"task file {path}: {name!r} is the name of an official task, choose another")
+        raise UserError(f"task file {path}: {name!r} is the name of an official task, choose another")
     return name, _check_steps(path, _as_list(path, steps), classes, domain)
 
 
@@ -248,15 +249,15 @@ def _as_list(path: Path, steps: Any) -> list[Any]:
     if isinstance(steps, dict):
         for key in steps:
             if not re.fullmatch(r"0|[1-9][0-9]{0,3}", key):
-                raise ValueError(f"task file {path} has the unknown key {key!r:.80}: steps are '0', '1', '2', ...")
+                raise UserError(f"task file {path} has the unknown key {key!r:.80}: steps are '0', '1', '2', ...")
         missing = [number for number in range(len(steps)) if str(number) not in steps]
         if missing:
-            raise ValueError(f"task file {path} has no step {missing[0]}: steps are numbered from 0 without a gap")
+            raise UserError(f"task file {path} has no step {missing[0]}: steps are numbered from 0 without a gap")
         steps = [steps[str(number)] for number in range(len(steps))]
     if not isinstance(steps, list):
-        raise ValueError(f"task file {path}: steps {steps!r:.80} must be an object or a list of lists of class ids")
+        raise UserError(f"task file {path}: steps {steps!r:.80} must be an object or a list of lists of class ids")
     if not steps:
-        raise ValueError(f"task file {path} has no steps")
+        raise UserError(f"task file {path} has no steps")
     return steps
 
 
@@ -265,18 +266,18 @@ def _check_steps(path: Path, steps: Sequence[Any], classes: int, domain: bool) -
     home: dict[int, int] = {}
     for number, ids in enumerate(steps):
         if not isinstance(ids, list) or not ids:
-            raise ValueError(f"task file {path}: step {number} is {ids!r:.80}, it must be a list of class ids")
+            raise UserError(f"task file {path}: step {number} is {ids!r:.80}, it must be a list of class ids")
         for class_id in ids:
             if type(class_id) is not int or not 0 <= class_id < classes:
-                raise ValueError(
+                raise UserError(
                     f"task file {path}: step {number} names class {class_id!r:.80}, "
                     f"the data set has the classes 0 to {classes - 1}"
                 )
             if class_id in home:
-                raise ValueError(f"task file {path}: class {class_id} is in step {home[class_id]} and step {number}")
+                raise UserError(f"task file {path}: class {class_id} is in step {home[class_id]} and step {number}")
             home[class_id] = number
     if not domain and steps[0][0] != 0:
-        raise ValueError(f"task file {path}: background 0 must stand first in step 0, which is {steps[0]!r:.80}")
+        raise UserError(f"task file {path}: background 0 must stand first in step 0, which is {steps[0]!r:.80}")
     if not domain and len(steps[0]) == 1:
-        raise ValueError(f"task file {path}: step 0 names only the background, it needs at least one class")
+        raise UserError(f"task file {path}: step 0 names only the background, it needs at least one class")
     return tuple(tuple(ids) for ids in steps)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dataset import DATASETS
 from dataset.source import FileSource
+from utils.errors import UserError
 
 
 def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
@@ -41,7 +42,7 @@ def run(work: Callable[[], list[str]]) -> int:
     """Runs a script's work and says how it ended: exit status 0, 1 with problems, 2 with an error."""
     try:
         problems = work()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for problem in problems:

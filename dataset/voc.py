@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dataset.layout import FilePair, Layout, inside, read_pairs
+from utils.errors import UserError
 
 
 class Voc(Layout):
@@ -33,7 +34,7 @@ class Voc(Layout):
         def parse(line: str, place: str) -> FilePair:
             words = line.split()
             if len(words) != 2:
-                raise ValueError(f"{place}: {line!r:.200} must be the path of an image and the path of its mask")
+                raise UserError(f"{place}: {line!r:.200} must be the path of an image and the path of its mask")
             image, mask = (word.removeprefix("/") for word in words)
             return FilePair(inside(base / "VOCdevkit" / "VOC2012", image, place), inside(base, mask, place))
 

@@ -31,6 +31,7 @@ from methods.plop import PLOP, pod_options
 from segmentation_module import SegmentationModel
 from utils import loss, masks
 from utils.balance.equilibrium import Balancer, Coefficients, GradientEquilibrium, TermSpec
+from utils.errors import UserError
 from utils.pod import terms as pod
 from utils.types import TAP_NAMES, Batch
 
@@ -69,7 +70,7 @@ class LayerSpecificDistillation(Part):
         self.context = [(mcd_name(tap), tap) for tap, scheme in self.schemes.items() if "mcd" in scheme.split("+")]
         self.masked = [tap for tap, scheme in self.schemes.items() if scheme not in ("none", "pod")]
         if "mcd" in self.schemes["logits"].split("+") and opts.mcd_groups > task.num_old:
-            raise ValueError(
+            raise UserError(
                 f"--mmm {opts.mcd_groups} (--mcd_groups) does not split the {task.num_old} channels of the old logits, to which "
                 f"--tap_schemes gives mcd; use a number from 1 to {task.num_old}"
             )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 class Previous(NamedTuple):
     """What step t−1 left for a part; both are empty at step 0.
@@ -31,7 +33,7 @@ class Previous(NamedTuple):
             state_key: of the part.
 
         Raises:
-            ValueError: the states of the parts are no dictionary.
+            UserError: the states of the parts are no dictionary.
         """
         file = checkpoint.get("file", "the checkpoint of the previous step")
         states: dict[str, Any] = {}
@@ -40,7 +42,7 @@ class Previous(NamedTuple):
             if found is None:
                 continue
             if not isinstance(found, dict):
-                raise ValueError(
+                raise UserError(
                     f"{file} has a {key} that is a {type(found).__name__}, not a dictionary; train that step again, or name "
                     "another file with --step_ckpt"
                 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dataset.sampler import Interruptible, TrainingBatches
 from dataset.tasks import Task
 from segmentation_module import SegmentationModel
+from utils.errors import UserError
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
 from utils.runtime import amp, distributed
@@ -258,12 +259,10 @@ class PhaseRun:
         """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of another phase.
+            UserError: the state is of another phase.
         """
         if state["name"] != self.phase.name:
-            raise ValueError(
-                f"the interrupted run was in the phase {state['name']!r}, this one has {self.phase.name!r}"
-            )
+            raise UserError(f"the interrupted run was in the phase {state['name']!r}, this one has {self.phase.name!r}")
         self.epoch, self.iteration, begun, finished = state["position"]
         self.begun, self.finished = bool(begun), bool(finished)
         self.meters.sums, self.meters.count = state["meters"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from methods.base import Previous
 from utils.checkpointing import checkpoint_files
+from utils.errors import UserError
 
 #: Keeps the normalisation of a constant importance finite; the released value.
 RANGE_DAMPING = 1e-8
@@ -41,7 +42,7 @@ class Regularizer:
         opts: reg_importance, reg_alpha, reg_iterations, reg_no_normalize.
 
     Raises:
-        ValueError: the importance cannot be that of these weights.
+        UserError: the importance cannot be that of these weights.
     """
 
     #: What it measures, in the order in which the penalty adds them up.
@@ -147,8 +148,8 @@ def _read_importance(previous: Previous, kinds: tuple[str, ...]) -> dict[str, di
     return found
 
 
-def _misfit(previous: Previous, what: str) -> ValueError:
-    return ValueError(
+def _misfit(previous: Previous, what: str) -> UserError:
+    return UserError(
         f"--regularizer: {previous.file} has no usable importance ({what}); train that step again with "
         "--regularizer, or go on without"
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from utils.errors import UserError
+
 
 class Summary(NamedTuple):
     """The figures of one step; None where a figure does not exist.
@@ -96,11 +98,11 @@ def require_complete(steps: Iterable[int], source: object) -> None:
         source: where they come from, for the message.
 
     Raises:
-        ValueError: names the first missing step and the remedy.
+        UserError: names the first missing step and the remedy.
     """
     present = sorted(steps)
     if missing := missing_steps(present):
-        raise ValueError(
+        raise UserError(
             f"{source} has scores of the steps {', '.join(map(str, present))}, of which no average and no old classes can be told: "
             f"{how_to_complete(missing)}"
         )

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 #: How the logits of several background modes become one; each maps (B, K, h, w) to (B, 1, h, w).
 FUSIONS = {
     "sum": lambda modes: modes.sum(1, keepdim=True),
@@ -49,7 +51,7 @@ class Classifiers(nn.ModuleList):
         fusion: a key of `FUSIONS`, used where K > 1.
 
     Raises:
-        ValueError: unknown fusion, no mode at all, or cosine with several modes.
+        UserError: unknown fusion, no mode at all, or cosine with several modes.
     """
 
     def __init__(
@@ -62,11 +64,11 @@ class Classifiers(nn.ModuleList):
     ) -> None:
         super().__init__()
         if background_modes < 1:
-            raise ValueError(f"--nb_background_modes {background_modes}: at least one mode is needed")
+            raise UserError(f"--nb_background_modes {background_modes}: at least one mode is needed")
         if fusion not in FUSIONS:
-            raise ValueError(f"--multimodal_fusion {fusion}: choose one of {', '.join(FUSIONS)}")
+            raise UserError(f"--multimodal_fusion {fusion}: choose one of {', '.join(FUSIONS)}")
         if cosine and background_modes > 1:
-            raise ValueError("--cosine works with one background mode only; drop --nb_background_modes")
+            raise UserError("--cosine works with one background mode only; drop --nb_background_modes")
         self.classes = tuple(classes)
         self.background_modes = background_modes
         self.fuse = FUSIONS[fusion]
@@ -160,7 +162,7 @@ class Classifiers(nn.ModuleList):
                 row 0 is the first mode.
 
         Raises:
-            ValueError: another reference, or no rows to take it from.
+            UserError: another reference, or no rows to take it from.
 
         Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020,
             eq. 8, for "old"; the rows of "background" are those of PLOP's release.
@@ -169,10 +171,10 @@ class Classifiers(nn.ModuleList):
         first, later = (earlier[0], earlier[1:]) if len(self.classes) > 1 else (new[:0], [])
         chosen = {"old": [first[1:], *later], "background": [first[:1], *later], "all": [first, *later]}
         if reference not in chosen:
-            raise ValueError(f"--align_weight {reference}: choose one of {', '.join(chosen)}")
+            raise UserError(f"--align_weight {reference}: choose one of {', '.join(chosen)}")
         norms = torch.cat(chosen[reference])
         if len(norms) == 0:
-            raise ValueError(f"--align_weight {reference}: this step has no such weights to align the new classes with")
+            raise UserError(f"--align_weight {reference}: this step has no such weights to align the new classes with")
         self[-1].weight.mul_(norms.mean() / new.mean().clamp(min=1e-12))
 
     def _background_weight(self) -> Tensor:

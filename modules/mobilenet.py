@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.resnet import DILATIONS
+from utils.errors import UserError
 
 
 class Group(NamedTuple):
@@ -98,7 +99,7 @@ class MobileNetV2(nn.Module):
         slope: 1, because the stages end in linear bottlenecks without an activation.
 
     Raises:
-        ValueError: no such output stride.
+        UserError: no such output stride.
 
     Reference: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, table 2 and, for
         segmentation, section 6.3.
@@ -109,7 +110,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()
         if output_stride not in DILATIONS:
-            raise ValueError(f"--output_stride {output_stride}: choose 8 or 16")
+            raise UserError(f"--output_stride {output_stride}: choose 8 or 16")
         self.mod1 = nn.Sequential(
             OrderedDict(
                 conv1=nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),

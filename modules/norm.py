@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from utils.errors import UserError
 from utils.runtime import distributed
 
 try:
@@ -297,8 +298,8 @@ def make_norm(name: str) -> Callable[..., ABN]:
         A callable (num_features, activation="leaky_relu") -> module.
 
     Raises:
-        ValueError: no norm has that name.
+        UserError: no norm has that name.
     """
     if name not in NORMS:
-        raise ValueError(f"--norm_act {name}: unknown norm; choose one of {', '.join(NORMS)}")
+        raise UserError(f"--norm_act {name}: unknown norm; choose one of {', '.join(NORMS)}")
     return NORMS[name]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules import mobilenet
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.structure import IN_PLACE_NORMS, scales_in_place
+from utils.errors import UserError
 
 #: Norms that use the weight itself as their scale; those of `IN_PLACE_NORMS` use |weight| + eps.
 _PLAIN = ("abn", "std")
@@ -38,7 +39,7 @@ def load_backbone(
         log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
 
     Raises:
-        ValueError: no such file, a file that is no plain state dict, or one that does not fit the body or is not finite.
+        UserError: no such file, a file that is no plain state dict, or one that does not fit the body or is not finite.
     """
     file_norm = norm
     if source == "torchvision":
@@ -69,17 +70,17 @@ def _default_file(backbone: str, norm: str, log: Callable[[str], None]) -> tuple
             if candidate != own:
                 log(f"no {paths[own]}: {path} is used, whose weights mean the same")
             return path, candidate
-    raise ValueError(f"no backbone weights at {paths[own]}: {_SOURCES}")
+    raise UserError(f"no backbone weights at {paths[own]}: {_SOURCES}")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     """State dict of a file, without "module." prefixes, and the first 12 digits of the file's SHA-256."""
     if not path.is_file():
-        raise ValueError(f"--pretrained {path}: no such file; {_SOURCES}")
+        raise UserError(f"--pretrained {path}: no such file; {_SOURCES}")
     try:
         content = checkpoint_files.load(path)
-    except ValueError as error:
-        raise ValueError(
+    except UserError as error:
+        raise UserError(
             f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds Python "
             "objects or tensors without plain numbers and must be saved again as a state dict "
             f"({type(error.__cause__ or error).__name__})"
@@ -87,7 +88,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     content = content.get("state_dict", content)
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f'{path} holds no state dict: expected names and tensors, or them under "state_dict"')
+        raise UserError(f'{path} holds no state dict: expected names and tensors, or them under "state_dict"')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return {re.sub(r"^module\.(body\.)?", "", key): value for key, value in content.items()}, digest
 
@@ -100,7 +101,7 @@ def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
     try:
         return f"torchvision {backbone} {weights.name}", weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--pretrained torchvision: {weights.url} could not be fetched ({error}); download it elsewhere and name "
             "it by --pretrained FILE, or add --no_pretrained"
         ) from error
@@ -128,7 +129,7 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Raise ValueError unless the state has exactly the names and shapes of the body, and finite numbers."""
+    """Raise UserError unless the state has exactly the names and shapes of the body, and finite numbers."""
     own = body.state_dict()
     # Files older than torch 0.4.1 have no batch counters; nothing computes with them.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -146,7 +147,7 @@ def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
     ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{name} {problem} {keys[0]}{more}; name an intact file of the same {type(body).__name__}")
+            raise UserError(f"{name} {problem} {keys[0]}{more}; name an intact file of the same {type(body).__name__}")
     for key in own:
         state.setdefault(key, own[key])
 

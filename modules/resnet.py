@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.norm import SLOPE
 from modules.residual import ResidualBlock, Stage
+from utils.errors import UserError
 
 
 class Architecture(NamedTuple):
@@ -59,7 +60,7 @@ class ResNet(nn.Module):
         slope: negative slope of the activation that ends each stage.
 
     Raises:
-        ValueError: no such backbone or output stride.
+        UserError: no such backbone or output stride.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; dilations as in Chen et al.,
         "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
@@ -70,9 +71,9 @@ class ResNet(nn.Module):
     def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()
         if backbone not in ARCHITECTURES:
-            raise ValueError(f"--backbone {backbone}: unknown body; choose one of {', '.join(ARCHITECTURES)}")
+            raise UserError(f"--backbone {backbone}: unknown body; choose one of {', '.join(ARCHITECTURES)}")
         if output_stride not in DILATIONS:
-            raise ValueError(f"--output_stride {output_stride}: choose 8 or 16")
+            raise UserError(f"--output_stride {output_stride}: choose 8 or 16")
         blocks, bottleneck = ARCHITECTURES[backbone]
         self.mod1 = Stem(
             OrderedDict(

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from metrics.summary import Summary, require_complete, summarise  # noqa: E402  (the project is run from its folder, not installed)
+from utils.errors import UserError  # noqa: E402
 
 ABSENT = "x"
 
@@ -42,11 +43,11 @@ def read(path: Path) -> list[Row]:
         At least one row, one a step (the last of several); all have the same number of classes.
 
     Raises:
-        ValueError: a line that is no row, or none at all; names the file and the line.
+        UserError: a line that is no row, or none at all; names the file and the line.
         OSError: the file cannot be read.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         fields = [field.strip() for field in line.split(",")]
         if fields == [""]:
             continue
@@ -55,13 +56,11 @@ def read(path: Path) -> list[Row]:
             values = tuple(None if value.lower() == ABSENT else float(value) for value in class_iou)
             rows.append(Row(int(step), values, float(mean_iou)))
         except ValueError:
-            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not step,iou,...,mean_iou") from None
+            raise UserError(f"{path}, line {number}: {line[:80]!r} is not step,iou,...,mean_iou") from None
         if not values or len(values) != len(rows[0].class_iou):
-            raise ValueError(
-                f"{path}, line {number}: {len(values)} classes, the first row has {len(rows[0].class_iou)}"
-            )
+            raise UserError(f"{path}, line {number}: {len(values)} classes, the first row has {len(rows[0].class_iou)}")
     if not rows:
-        raise ValueError(f"{path} has no rows; has a step of this run been tested?")
+        raise UserError(f"{path} has no rows; has a step of this run been tested?")
     return [row for _, row in sorted({row.step: row for row in rows}.items())]
 
 
@@ -69,7 +68,7 @@ def last_summary(path: Path) -> tuple[int, Summary]:
     """Number of the last step of a results file, and its figures as fractions.
 
     Raises:
-        ValueError: a line that is no row, or a step between 0 and the last one is missing; names the file.
+        UserError: a line that is no row, or a step between 0 and the last one is missing; names the file.
         OSError: the file cannot be read.
     """
     rows = read(path)
@@ -113,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
             if len(argv) > 1:
                 print(name)
             print(describe(*last_summary(Path(name))))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -30,6 +30,7 @@ import methods  # noqa: E402
 from metrics.summary import require_complete  # noqa: E402
 from scripts.report import draw_steps, markdown  # noqa: E402
 from utils import scheduler  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.reporting import results  # noqa: E402
 
 #: Options that step 0 does not read. Methods that differ in these alone share a step 0; any other difference, such as a learning rate,
@@ -138,7 +139,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
             if "mIoU old" in line or "finished" in line:
                 print(f"{name}: {line.split(' (%')[0].strip()}", flush=True)
     if process.returncode:
-        raise RuntimeError(
+        raise UserError(
             f"run.py {' '.join(words)}\nended with exit code {process.returncode}:\n{log.read_text()[-2000:]}"
         )
 
@@ -180,7 +181,7 @@ def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[d
         The JSON entries of all steps of the method, in order.
 
     Raises:
-        ValueError: the results of the method lack a step.
+        UserError: the results of the method lack a step.
     """
     name, _ = first_run(arguments, method)
     if method == "Joint":
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         entries = train_all(arguments)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(entries)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from dataset.layout import IMAGE_SUFFIXES  # noqa: E402
 from dataset.tasks import Task  # noqa: E402
 from dataset.transform import normalise  # noqa: E402
 from utils.checkpointing.store import read  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.reporting.visualize import colour_map  # noqa: E402
 
 
@@ -34,11 +35,11 @@ def load(path: Path) -> tuple[nn.Module, Task]:
     """The network of a checkpoint of this program, in evaluation mode, and the step it has learned.
 
     Raises:
-        ValueError: a checkpoint without options and class order, such as an official one.
+        UserError: a checkpoint without options and class order, such as an official one.
     """
     state = read(path)
     if "options" not in state or "task" not in state:
-        raise ValueError(f"{path} says neither its network nor its classes; give a checkpoint that run.py wrote")
+        raise UserError(f"{path} says neither its network nor its classes; give a checkpoint that run.py wrote")
     described = state["task"]
     steps = tuple(tuple(step) for step in described["steps"])
     task = Task(
@@ -54,16 +55,16 @@ def pictures(paths: list[Path]) -> list[Path]:
     """The files among these paths and in the folders among them.
 
     Raises:
-        ValueError: a path that does not exist, or no picture at all.
+        UserError: a path that does not exist, or no picture at all.
     """
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} does not exist; give pictures, or folders that hold some")
+            raise UserError(f"{path} does not exist; give pictures, or folders that hold some")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
         found += inside
     if not found:
-        raise ValueError(f"no picture in {', '.join(map(str, paths))}; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"no picture in {', '.join(map(str, paths))}; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
@@ -81,6 +82,19 @@ def segment(model: nn.Module, picture: np.ndarray, device: torch.device) -> np.n
     """
     image = normalise(torch.from_numpy(picture).permute(2, 0, 1))  # H×W×3 → 3×H×W
     return model(image[None].to(device)).logits.argmax(dim=1)[0].cpu().numpy()
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 values of a picture.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as opened:
+            return np.array(opened.convert("RGB"))
+    except Exception as error:  # decoders raise a dozen types on damaged files
+        raise UserError(f"picture {path} cannot be read: {error}") from error
 
 
 def save(picture: np.ndarray, ids: np.ndarray, target: Path) -> None:
@@ -109,10 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         classes = np.array(task.label_ids)
         arguments.out.mkdir(parents=True, exist_ok=True)
         for path in tqdm(files, desc="pictures"):
-            with Image.open(path) as opened:
-                picture = np.array(opened.convert("RGB"))
+            picture = read_picture(path)
             save(picture, classes[segment(model, picture, device)], arguments.out / path.stem)
-    except (ValueError, UnidentifiedImageError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(files)} pictures -> {arguments.out}")

@@ -30,6 +30,7 @@ from dataset import DATASETS
 from dataset.layout import read_lines
 from dataset.source import FileSource
 from dataset.verify import run, verify
+from utils.errors import UserError
 
 #: The classes of every mask of the published set; the check compares with it.
 REFERENCE = Path(__file__).resolve().parents[1] / "tests" / "facts" / "voc_classes.json.gz"
@@ -64,7 +65,7 @@ def read_sbd_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 class ids of GTcls.Segmentation in a cls/*.mat of SBD.
 
     Raises:
-        ValueError: the file is not such a one; names it.
+        UserError: the file is not such a one; names it.
     """
     try:
         kind, content = _elements(path.read_bytes()[128:])[0]  # the text header has 128 bytes
@@ -76,7 +77,7 @@ def read_sbd_mask(path: Path) -> np.ndarray:
         height, width = struct.unpack("<2i", dimensions[:8])
         return np.frombuffer(values, dtype=np.uint8).reshape(width, height).T.copy()  # columns first
     except (ValueError, IndexError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is not a class mask of SBD: {error}") from None
+        raise UserError(f"{path} is not a class mask of SBD: {error}") from None
 
 
 def write_masks(voc: Path, sbd: Path, folder: Path) -> list[str]:
@@ -85,7 +86,7 @@ def write_masks(voc: Path, sbd: Path, folder: Path) -> list[str]:
     boundaries = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
     if not segmentation or not boundaries:
         empty = sbd / "cls/*.mat" if segmentation else voc / "SegmentationClass/*.png"
-        raise ValueError(f"no file {empty}: see --help for what --voc and --sbd are")
+        raise UserError(f"no file {empty}: see --help for what --voc and --sbd are")
     palette = Image.open(next(iter(segmentation.values()))).getpalette()
     folder.mkdir(parents=True, exist_ok=True)
     for path in segmentation.values():
@@ -132,7 +133,7 @@ def prepare(opts: argparse.Namespace) -> list[str]:
     base = opts.data_root / "PascalVOC12"
     if not opts.check:
         if opts.voc is None or opts.sbd is None:
-            raise ValueError("--voc and --sbd are needed to build the data set; --check only looks at one")
+            raise UserError("--voc and --sbd are needed to build the data set; --check only looks at one")
         names = write_masks(opts.voc, opts.sbd, base / "SegmentationClassAug")
         write_splits(opts.voc, names, base / "splits")
         images = base / "VOCdevkit" / "VOC2012"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from metrics.summary import require_complete  # noqa: E402  (the project is run from its folder, not installed)
+from utils.errors import UserError  # noqa: E402
 from utils.reporting import results  # noqa: E402
 
 
@@ -149,12 +150,12 @@ def read(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """The JSON files of runs by labels that differ: the name of the run, or where several have it the name of the file.
 
     Raises:
-        ValueError: a file that is not the JSON of a run, that lacks the scores of a step, or that is given twice.
+        UserError: a file that is not the JSON of a run, that lacks the scores of a step, or that is given twice.
         OSError: a file cannot be read.
     """
     twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]} is given twice")
+        raise UserError(f"{twice[0]} is given twice")
     documents = [results.read(path) for path in paths]
     for path, document in zip(paths, documents):
         require_complete(map(int, document["steps"]), path)
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         documents = read(arguments.files)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(steps_table(documents))

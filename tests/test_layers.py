@@ -7,7 +7,7 @@ from tests.support.paths import ROOT
 
 #: From the bottom up. A name stands for a module, or for all modules of a package; the longest name that fits counts.
 LAYERS = """
-utils.types utils.random_streams metrics
+utils.errors utils.types utils.random_streams metrics
 utils.runtime
 utils.loss utils.distillation utils.masks utils.pseudo utils.pod
 utils.balance utils.checkpointing utils.options utils.optimizer utils.scheduler

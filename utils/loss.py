@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.distillation import one_hot
+from utils.errors import UserError
 from utils.pod.embedding import embedding_distance
 from utils.pod.options import TapOptions
 from utils.pseudo import entropy
@@ -87,11 +88,11 @@ def context_distance(teacher: Tensor, student: Tensor, groups: int) -> Tensor:
         (B,); its gradient is finite (zero) where the two are equal.
 
     Raises:
-        ValueError: groups < 1 or more groups than channels.
+        UserError: groups < 1 or more groups than channels.
     """
     channels = teacher.shape[1]
     if not 1 <= groups <= channels:
-        raise ValueError(f"--mmm {groups} does not split {channels} channels; use a number from 1 to {channels}.")
+        raise UserError(f"--mmm {groups} does not split {channels} channels; use a number from 1 to {channels}.")
     size = channels // groups
     known, change = (
         F.avg_pool2d(features[:, : size * groups], kernel_size=5, stride=2, padding=2).unflatten(1, (groups, size))

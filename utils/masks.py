@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
@@ -75,16 +76,16 @@ def check_rule(rule: str | None, distance: str | None) -> None:
     """Refuses pairs of `--sigmoid` and `--dis` that cannot work.
 
     Raises:
-        ValueError: an unknown name; a rule other than `gt` without a distance; a distance without a rule.
+        UserError: an unknown name; a rule other than `gt` without a distance; a distance without a rule.
     """
     if rule is not None and rule not in RULES:
-        raise ValueError(f"--sigmoid {rule!r} is unknown; use one of {', '.join(RULES)}.")
+        raise UserError(f"--sigmoid {rule!r} is unknown; use one of {', '.join(RULES)}.")
     if distance is not None and distance not in DISTANCES:
-        raise ValueError(f"--dis {distance!r} is unknown; use one of {', '.join(DISTANCES)}.")
+        raise UserError(f"--dis {distance!r} is unknown; use one of {', '.join(DISTANCES)}.")
     if rule not in (None, "gt") and distance is None:
-        raise ValueError(f"--sigmoid {rule} compares features and needs a --dis ({', '.join(DISTANCES)}).")
+        raise UserError(f"--sigmoid {rule} compares features and needs a --dis ({', '.join(DISTANCES)}).")
     if rule is None and distance is not None:
-        raise ValueError(f"--dis {distance} has no effect without a --sigmoid ({', '.join(RULES)}); give one.")
+        raise UserError(f"--dis {distance} has no effect without a --sigmoid ({', '.join(RULES)}); give one.")
 
 
 def differences(features: Tensor, erased: tuple[Tensor, Tensor], distance: str) -> list[Tensor]:
@@ -219,7 +220,7 @@ def tap_mask(
         (B, 1 or c, h, w) in the dtype of the (widened) tap, values 0 and 1, in between only under `gt`.
 
     Raises:
-        ValueError: see `check_rule`.
+        UserError: see `check_rule`.
     """
     check_rule(rule, distance)
     teacher = at_least_float32(teacher)

@@ -57,6 +57,7 @@ from scripts.benchmark.workbench import (  # noqa: E402
     write_files,
 )
 from scripts.report import markdown  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.types import TAP_NAMES  # noqa: E402
 
 WHAT = ("iteration", "data", "scan", "validation", "memory", "growth")
@@ -101,7 +102,7 @@ def measure_memory(arguments: argparse.Namespace, device: torch.device) -> dict[
         command = [sys.executable, str(Path(__file__).resolve()), *arguments.words, "--child", child]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
-            raise ValueError(f"the process that measures the memory of the {child} failed: {answer.stderr[-500:]}")
+            raise UserError(f"the process that measures the memory of the {child} failed: {answer.stderr[-500:]}")
         found = json.loads(answer.stdout.splitlines()[-1])
         peaks[f"{child}_peak_mb"], libraries = found["peak_mb"], found["libraries_mb"]
     floor = peaks["floor_peak_mb"]
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             run_child(arguments, device)
             return 0
         found = measure(arguments, device)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     title = f"{arguments.method}, {arguments.backbone}, {arguments.crop_size} px, batch {arguments.batch_size}"

@@ -31,6 +31,7 @@ from modules.resnet import Stem
 from run import options_of_step
 from segmentation_module import SegmentationModel, make_model
 from train import Trainer
+from utils.errors import UserError
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 from utils.types import IGNORE
@@ -82,10 +83,10 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu")
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -130,7 +131,7 @@ def options(arguments: Namespace, fast: bool = True) -> Namespace:
         fast: with its precision, memory layout and compilation; otherwise eager float32.
 
     Raises:
-        ValueError: options that cannot work together.
+        UserError: options that cannot work together.
     """
     words = ["--method", arguments.method, "--backbone", arguments.backbone, "--norm_act", arguments.norm_act]
     words += ["--crop_size", str(arguments.crop_size), "--batch_size", str(arguments.batch_size)]

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 import argparser
+from utils.errors import UserError
 
 SHAPES = "--dataset shapes --task 6-2"
 
@@ -26,6 +27,6 @@ def parse(text):
 
 def refusal(text):
     """The message of the refusal of a command line on the embedded data set."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         argparser.check(parse(f"{SHAPES} {text}"))
     return str(caught.value)

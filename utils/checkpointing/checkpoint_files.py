@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.errors import UserError
+
 #: Prefix of the official parameter names: their model was saved inside its distributed wrapper.
 PREFIX = "module."
 
@@ -152,7 +154,7 @@ def _serialise(state: dict, file) -> None:
 def _read_back(path: Path) -> None:
     try:
         load(path)
-    except ValueError as error:
+    except UserError as error:
         raise OSError(errno.EIO, "it reads back damaged") from error
 
 
@@ -188,33 +190,33 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         The dictionary it holds, without checksum and format mark.
 
     Raises:
-        ValueError: missing, truncated or damaged, not a checkpoint, or holding more than tensors and plain values.
+        UserError: missing, truncated or damaged, not a checkpoint, or holding more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} does not exist")
     try:
         state, strange = _read(path)
     except pickle.UnpicklingError as error:
-        raise ValueError(_unpickling_message(path, error)) from error
+        raise UserError(_unpickling_message(path, error)) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError,
             OverflowError, MemoryError, UnicodeDecodeError, AssertionError, ImportError) as error:  # fmt: skip
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} is truncated or damaged, or no checkpoint at all ({type(error).__name__}); "
             "restore it or train the step again"
         ) from error
     if strange:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} is refused: it holds {strange}, which no training writes; take the file from its source again"
         )
     if not isinstance(state, dict):
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; it is no checkpoint of this program"
         )
     expected = state.pop(CHECKSUM, None)
     ours = expected is not None or FORMAT in state or not OWN_KEYS.isdisjoint(state)
     if ours and digest(state) != expected:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} is damaged: its content does not match its checksum; restore it or train the step again"
         )
     state.pop(FORMAT, None)
@@ -269,11 +271,11 @@ def require_places(*paths: Path) -> None:
         paths: of files that will be written, checkpoints or others; they and what is written beside them are looked at.
 
     Raises:
-        ValueError: names what is in the way.
+        UserError: names what is in the way.
     """
     for place in (place for path in paths for place in (path, _aside(path))):
         if place.exists() and not place.is_file():
-            raise ValueError(f"{place} is not a file, and a file must be written there; move it away")
+            raise UserError(f"{place} is not a file, and a file must be written there; move it away")
 
 
 def size(state: Any) -> int:
@@ -296,18 +298,18 @@ def require_space(folder: str | os.PathLike, needed: int) -> None:
         needed: bytes.
 
     Raises:
-        ValueError: less is free, or the folder cannot be written.
+        UserError: less is free, or the folder cannot be written.
     """
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(
+        raise UserError(
             f"--checkpoint {folder}: {place} is not a folder that can be written; name another with --checkpoint"
         )
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"--checkpoint {folder}: {free / 1e6:.0f} MB free, the checkpoints need {needed / 1e6:.0f} MB; "
             "free some space or name another folder with --checkpoint"
         )

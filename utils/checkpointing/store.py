@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.structure import PART_OF_FILE_NAME, scales_in_place
+from utils.errors import UserError
 from utils.types import TaskLike
 
 #: What must be the same at all steps, because it shapes the network or says what its weights mean.
@@ -82,7 +83,7 @@ class Store:
         """A lock on this name and step, released when the process ends, however it ends.
 
         Raises:
-            ValueError: another run holds it.
+            UserError: another run holds it.
         """
         path = self._lock_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ class Store:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
-            raise ValueError(
+            raise UserError(
                 f"another run named {self.opts.name!r} trains step {self.task.step} of {self.task.name} into {self.folder}; "
                 "wait for it, or choose another --name or --checkpoint"
             ) from error
@@ -100,7 +101,7 @@ class Store:
         """Make the folders of checkpoints and outputs, before a day of training ends on one that cannot be written.
 
         Raises:
-            ValueError: naming the folder, or what stands where a file belongs.
+            UserError: naming the folder, or what stands where a file belongs.
         """
         for folder in (self.folder, *map(Path, folders)):
             try:
@@ -108,7 +109,7 @@ class Store:
                 with tempfile.TemporaryFile(dir=folder):  # nameless: nothing is left behind, however the process ends
                     pass
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
                 ) from error
         step = self.task.step
@@ -123,7 +124,7 @@ class Store:
             size: bytes of one checkpoint.
 
         Raises:
-            ValueError: less is free.
+            UserError: less is free.
         """
         step, steps = self.task.step, self.opts.step
         later = steps[steps.index(step) + 1 :] if step in steps else []
@@ -138,7 +139,7 @@ class Store:
             As `read`.
 
         Raises:
-            ValueError: missing, damaged, or of another task, order, backbone or overlap setting.
+            UserError: missing, damaged, or of another task, order, backbone or overlap setting.
         """
         self.require_previous()
         path = self.previous()
@@ -150,7 +151,7 @@ class Store:
         """Refuse a step whose previous checkpoint is not there.
 
         Raises:
-            ValueError: names the file and the remedy.
+            UserError: names the file and the remedy.
         """
         path = self.previous()
         if not path.is_file():
@@ -159,7 +160,7 @@ class Store:
                 if self.opts.step_ckpt
                 else "it was not trained under this --name and --checkpoint"
             )
-            raise ValueError(
+            raise UserError(
                 f"step {self.task.step} of {self.task.name} needs the checkpoint of step {self.task.step - 1}, but {path} does not exist "
                 f"({given}); train --step {self.task.step - 1} first, or name the file with --step_ckpt"
             )
@@ -174,7 +175,7 @@ class Store:
             As `read`.
 
         Raises:
-            ValueError: missing, damaged, or of another step, task, order or network.
+            UserError: missing, damaged, or of another step, task, order or network.
         """
         state = read(path)
         of_base = self.opts.base_weights and state.get("task", {}).get("step") == 0
@@ -188,12 +189,12 @@ class Store:
             mine = describe(task.at(step))
             if described["dataset"] != task.dataset or described["step"] != step:
                 flag = "--step_ckpt" if step < task.step else "--ckpt"
-                raise ValueError(
+                raise UserError(
                     f"{path} is step {described['step']} of {described['name']} on {described['dataset']}, not step "
                     f"{step} of {task.name} on {task.dataset}; name the right file with {flag}"
                 )
             if described["steps"] != mine["steps"]:
-                raise ValueError(
+                raise UserError(
                     f"{path} learned the classes {described['steps']}, task {task.name} has {mine['steps']} up to step {step}; "
                     "use the same --task or --task_file for all steps"
                 )
@@ -201,7 +202,7 @@ class Store:
         fused = ("multimodal_fusion",) if self.opts.nb_background_modes > 1 else ()
         for dest in NETWORK_OPTIONS + fused + (("overlap",) if step < task.step else ()):
             if dest in theirs and not _same(dest, theirs[dest], getattr(self.opts, dest)):
-                raise ValueError(
+                raise UserError(
                     f"{path} was trained with --{dest} {theirs[dest]}, this run has {getattr(self.opts, dest)}; "
                     f"give all steps the same --{dest}"
                 )
@@ -268,19 +269,19 @@ class Store:
         Where the last state is damaged this is the one before it, and `damage` says why.
 
         Raises:
-            ValueError: both are damaged, or of a run with other options.
+            UserError: both are damaged, or of a run with other options.
         """
         path, before = self.unfinished(self.task.step), self.before_unfinished(self.task.step)
         if not self.interrupted():
             return None
         try:
             state = checkpoint_files.load(path)
-        except ValueError as error:
+        except UserError as error:
             if not before.is_file():
                 raise
             path, state, self.damage = before, checkpoint_files.load(before), str(error)
         if "state" not in state:
-            raise ValueError(
+            raise UserError(
                 f"--resume: {path} is not the state of an interrupted run; delete it to start the step anew"
             )
         if state["state"] is None:
@@ -293,7 +294,7 @@ class Store:
         """The finished checkpoint of this step, refused if it was trained with other options.
 
         Raises:
-            ValueError: naming what differs.
+            UserError: naming what differs.
         """
         path = self.finished(self.task.step)
         state = read(path)
@@ -312,7 +313,7 @@ class Store:
             differing = (
                 ", ".join(f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in changed) or "the task"
             )
-            raise ValueError(
+            raise UserError(
                 f"--resume: {path} was written with other options ({differing}); repeat them, or start anew without --resume"
             )
 
@@ -368,12 +369,12 @@ def read(path: Path) -> dict[str, Any]:
         `head.lossweights` for every step, ones where there was no λ, which is where λ starts.
 
     Raises:
-        ValueError: missing, damaged, without "model_state", or with a λ that is not finite.
+        UserError: missing, damaged, without "model_state", or with a λ that is not finite.
     """
     state = checkpoint_files.load(path)
     weights = state.get("model_state")
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
         )
     _check_header(path, state)
@@ -390,7 +391,7 @@ def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor
     """λ by term: of this program's key, or of `head.lossweights`, whose nine official values have the official order.
 
     Raises:
-        ValueError: neither a tensor of finite numbers nor names for its values.
+        UserError: neither a tensor of finite numbers nor names for its values.
     """
     names, values = OFFICIAL_TERMS, official
     if isinstance(own, dict):
@@ -402,7 +403,7 @@ def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor
     finite = isinstance(values, Tensor) and values.dim() == 1 and bool(values.isfinite().all())
     named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if not finite or not named or len(names) != len(values):
-        raise ValueError(
+        raise UserError(
             f"{path} has a λ (head.lossweights or loss_weights) that is not a tensor of finite numbers, one for each of "
             f"its terms ({len(OFFICIAL_TERMS)} in official files); train that step again, or name another file with --step_ckpt"
         )
@@ -424,7 +425,7 @@ def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
     except (TypeError, ValueError):
         known = counted = plain = False
     if not (known and counted and plain and isinstance(history, list)):
-        raise ValueError(
+        raise UserError(
             f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
         )
 

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 #: What may become part of a file name.
 PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
+#: What loading a state raises that is built otherwise than expected.
+LOAD_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError)
 
 #: Values of `--norm_act` whose norms use |weight| + eps as their scale; the others use the weight itself.
 IN_PLACE_NORMS = ("iabn_sync", "iabn")
@@ -52,10 +56,10 @@ def require_fit(mine: Any, theirs: Any, place: str) -> None:
     """Refuse a part of an interrupted run's state that is built otherwise than mine.
 
     Raises:
-        ValueError: names the first place.
+        UserError: names the first place.
     """
     if place := misfit(mine, theirs, place):
-        raise ValueError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
+        raise UserError(f"--resume: {place} of the interrupted run does not fit this one; start anew without it")
 
 
 def check_momenta(optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,6 @@
 """Combinations and values of options that cannot work, refused before anything is read or built.
 
-Every refusal is one ValueError that names the flag, its value and the remedy. `notes` says what does nothing.
+Every refusal is one UserError that names the flag, its value and the remedy. `notes` says what does nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils import masks
 from utils.checkpointing.structure import PART_OF_FILE_NAME
+from utils.errors import UserError
 from utils.options import flags
 from utils.pod.options import PodOptions, TapOptions
 from utils.runtime import amp
@@ -163,7 +164,7 @@ def check_all(opts: Namespace) -> None:
         opts: the parsed command line.
 
     Raises:
-        ValueError: the first fault found; names the flag, its value and the remedy.
+        UserError: the first fault found; names the flag, its value and the remedy.
     """
     for check in (_numbers, _texts, _pod_options, _combinations, _pseudo, _masks, _domain, _steps, _precision, _paths):
         check(opts)
@@ -176,11 +177,11 @@ def check_class_incremental(opts: Namespace) -> None:
         opts: the parsed command line of such a task.
 
     Raises:
-        ValueError: names the flag and the remedy.
+        UserError: names the flag and the remedy.
     """
     if opts.base_weights and max(opts.step) > 0 and not (opts.test or opts.dry_run or opts.check_data):
         later = next(step for step in opts.step if step > 0)
-        raise ValueError(
+        raise UserError(
             f"--base_weights gives the network of step {later} the classifier of step 0 alone, which has no channel for "
             "the new classes, so that their labels cannot be trained; leave --base_weights out, or add --test"
         )
@@ -226,17 +227,17 @@ def _on(opts: Namespace, dest: str) -> bool:
 def _numbers(opts: Namespace) -> None:
     for dest in LISTS:
         if not getattr(opts, dest):  # the parser takes "--step=--" for an empty list
-            raise ValueError(f"--{dest} has no value; give at least one number")
+            raise UserError(f"--{dest} has no value; give at least one number")
     for dest, (low, high) in RANGES.items():
         for value in _values(opts, dest):
             if not low <= value <= high:  # a NaN fails this too
-                raise ValueError(f"--{dest} {value:.10g} is out of range; give a value from {low:.10g} to {high:.10g}")
+                raise UserError(f"--{dest} {value:.10g} is out of range; give a value from {low:.10g} to {high:.10g}")
     for dest, high in POSITIVE.items():
         for value in _values(opts, dest):
             if not 0 < value <= high:
-                raise ValueError(f"--{dest} {value:.10g} is out of range; give a finite value above 0")
+                raise UserError(f"--{dest} {value:.10g} is out of range; give a finite value above 0")
     if not 0 <= opts.momentum < 1:
-        raise ValueError(f"--momentum {opts.momentum:.10g} is out of range; give a value from 0 to below 1")
+        raise UserError(f"--momentum {opts.momentum:.10g} is out of range; give a value from 0 to below 1")
 
 
 def _values(opts: Namespace, dest: str) -> list[float]:
@@ -249,29 +250,29 @@ def _values(opts: Namespace, dest: str) -> list[float]:
 def _texts(opts: Namespace) -> None:
     for dest, choices in FREE_TEXT.items():
         if getattr(opts, dest) not in choices:
-            raise ValueError(f"--{dest} {getattr(opts, dest)[:80]!r} is unknown; choose one of {', '.join(choices)}")
+            raise UserError(f"--{dest} {getattr(opts, dest)[:80]!r} is unknown; choose one of {', '.join(choices)}")
     for dest in ("name", "date"):
         value = getattr(opts, dest)
         if not PART_OF_FILE_NAME.fullmatch(value):
-            raise ValueError(
+            raise UserError(
                 f"--{dest} {value[:80]!r} becomes part of file names; use 1 to 100 letters, digits and . _ + = , @ - "
                 "(no dot in front)"
             )
     if opts.pseudo is not None and not _known_pseudo(opts.pseudo):
-        raise ValueError(
+        raise UserError(
             f"--pseudo {opts.pseudo[:80]!r} is unknown; choose one of {', '.join(PSEUDO)}, "
             "or threshold_X with X from 0 to 1"
         )
     wrong = [scheme for scheme in opts.tap_schemes if scheme not in SCHEMES]
     if wrong:
-        raise ValueError(f"--tap_schemes: {wrong[0][:80]!r} is no scheme; choose among {', '.join(SCHEMES)}")
+        raise UserError(f"--tap_schemes: {wrong[0][:80]!r} is no scheme; choose among {', '.join(SCHEMES)}")
     if len(opts.tap_schemes) != 6:
-        raise ValueError(
+        raise UserError(
             f"--tap_schemes names {len(opts.tap_schemes)} schemes; give six: stages 1 to 4, pre_logits and logits"
         )
     for (dest, value), reason in flags.REFUSED_VALUES.items():
         if getattr(opts, dest) == value:
-            raise ValueError(f"--{dest} {value} is refused: {reason}")
+            raise UserError(f"--{dest} {value} is refused: {reason}")
 
 
 def _known_pseudo(mode: str) -> bool:
@@ -292,7 +293,7 @@ def _pod_options(opts: Namespace) -> None:
     for place in ("before", "after"):
         factor = getattr(options, place).factor
         if not 0 <= factor <= _MANY:
-            raise ValueError(f"--pod_options: the factor {factor:.10g} of {place!r} is out of range; give one from 0")
+            raise UserError(f"--pod_options: the factor {factor:.10g} of {place!r} is out of range; give one from 0")
 
 
 def _combinations(opts: Namespace) -> None:
@@ -301,30 +302,30 @@ def _combinations(opts: Namespace) -> None:
         if len(given) > 1:
             shown = " and ".join(f"--{name}{_origin(opts, name)}" for name in given)
             remedy = "leave one out" + (PRESET_REMEDY if any(_origin(opts, name) for name in given) else "")
-            raise ValueError(f"{shown} exclude each other, both set {what}; {remedy}")
+            raise UserError(f"{shown} exclude each other, both set {what}; {remedy}")
     for dest, need, met in NEEDS:
         if _on(opts, dest) and not met(opts):
             value = getattr(opts, dest)
             shown = "" if value is True else f" {str(value)[:80]}"
-            raise ValueError(f"--{dest}{shown}{_origin(opts, dest)} needs {need}; add it or leave --{dest} out")
+            raise UserError(f"--{dest}{shown}{_origin(opts, dest)} needs {need}; add it or leave --{dest} out")
     if opts.align_weight_frequency != "never" and opts.align_weight is None:
-        raise ValueError(
+        raise UserError(
             f"--align_weight_frequency {opts.align_weight_frequency} needs --align_weight; add old, background or all"
         )
     if opts.cosine and opts.nb_background_modes > 1:
-        raise ValueError(
+        raise UserError(
             f"--cosine and --nb_background_modes {opts.nb_background_modes} exclude each other: a cosine classifier "
             "has one background; leave one out"
         )
     if opts.no_pretrained and opts.pretrained is not None:
-        raise ValueError(f"--no_pretrained and --pretrained {opts.pretrained} exclude each other; leave one out")
+        raise UserError(f"--no_pretrained and --pretrained {opts.pretrained} exclude each other; leave one out")
 
 
 def _pseudo(opts: Namespace) -> None:
     """Pseudo-labels are the teacher's: a command line that is about them and step 0 alone asks for nothing."""
     alone = "pseudo" in opts.explicit and opts.pseudo is not None and set(opts.step) == {0}
     if alone and not any(_on(opts, dest) for dest in LATER):
-        raise ValueError(
+        raise UserError(
             f"--pseudo {opts.pseudo} has nothing to label at step 0: there is no earlier model; leave --pseudo out, or "
             "train later steps too (--step 0 1)"
         )
@@ -342,13 +343,13 @@ def _masks(opts: Namespace) -> None:
         return
     masked = f"--mask_rule {opts.mask_rule} (--sigmoid)"
     if opts.pod_apply != "all":
-        raise ValueError(
+        raise UserError(
             f"{masked} and --pod_apply {opts.pod_apply} exclude each other; name the taps with --tap_schemes "
             "(none leaves a tap out)"
         )
     for dest in ("pod_deeplab_mask", "pod_large_logits"):
         if getattr(opts, dest):
-            raise ValueError(
+            raise UserError(
                 f"{masked} and --{dest} exclude each other: LSKD has masks and taps of its own; leave one out"
             )
 
@@ -356,7 +357,7 @@ def _masks(opts: Namespace) -> None:
 def _domain(opts: Namespace) -> None:
     """In a domain-incremental task all classes are old from step 1 on, and every pixel has its label."""
     if opts.dataset == "cityscapes_domain" and opts.pseudo is not None:
-        raise ValueError(
+        raise UserError(
             f"--pseudo {opts.pseudo}{_origin(opts, 'pseudo')} cannot work on cityscapes_domain: its steps are cities, "
             "every pixel has its true label and all classes are old; use --method FT with --pod and what else you want"
         )
@@ -367,7 +368,7 @@ def _domain(opts: Namespace) -> None:
     wrong += ["--kd_mask new"] if opts.kd_mask == "new" else []
     wrong += ["--temperature_apply new"] if opts.temperature_apply == "new" else []
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{wrong[0]} cannot work on cityscapes_domain: its steps are cities, it has no background (label 0 is road) "
             "and no step adds a class; leave it out"
         )
@@ -376,45 +377,45 @@ def _domain(opts: Namespace) -> None:
 def _steps(opts: Namespace) -> None:
     for step in opts.step:
         if opts.step.count(step) > 1:
-            raise ValueError(f"--step names step {step} twice; name it once")
+            raise UserError(f"--step names step {step} twice; name it once")
     trains = not (opts.test or opts.dry_run or opts.check_data)
     if trains and opts.step != list(range(opts.step[0], opts.step[0] + len(opts.step))):
-        raise ValueError(
+        raise UserError(
             f"--step {' '.join(map(str, opts.step))} leaves out a step or is out of order, but each step is trained from the one before "
             "it; name them from the first to the last without a gap"
         )
     if opts.ckpt is not None and len(opts.step) > 1:
-        raise ValueError(f"--ckpt is for one step, but --step names {len(opts.step)}; run the steps one by one")
+        raise UserError(f"--ckpt is for one step, but --step names {len(opts.step)}; run the steps one by one")
 
 
 def _precision(opts: Namespace) -> None:
     if opts.amp_backend != "apex":
         return
     if not amp.apex_available():
-        raise ValueError(
+        raise UserError(
             "--amp_backend apex: NVIDIA's apex with its amp cannot be imported (the package apex of PyPI is another "
             "program); build it from NVIDIA's sources or leave --amp_backend out"
         )
     if opts.device == "cpu":
-        raise ValueError("--amp_backend apex works on CUDA only, not with --device cpu; leave --amp_backend out")
+        raise UserError("--amp_backend apex works on CUDA only, not with --device cpu; leave --amp_backend out")
     if opts.amp_dtype == "bfloat16":
-        raise ValueError("--amp_backend apex knows float16 only, not --amp_dtype bfloat16; leave one out")
+        raise UserError("--amp_backend apex knows float16 only, not --amp_dtype bfloat16; leave one out")
 
 
 def _paths(opts: Namespace) -> None:
     for dest in ("data_root", "ckpt", "step_ckpt", "task_file", "pretrained", "logdir", "checkpoint", "results"):
         value = getattr(opts, dest)
         if value is not None and (not value or not value.isprintable()):
-            raise ValueError(f"--{dest} {value[:80]!r} is not a path; give a name of printable characters")
+            raise UserError(f"--{dest} {value[:80]!r} is not a path; give a name of printable characters")
     if opts.dataset != "shapes" and not os.path.isdir(opts.data_root):
-        raise ValueError(
+        raise UserError(
             f"--data_root {opts.data_root} is not a folder; give the one that holds the data set {opts.dataset}, "
             "or try --dataset shapes, which needs no files"
         )
     for dest in ("ckpt", "step_ckpt", "task_file", "pretrained"):
         value = getattr(opts, dest)
         if value is not None and not (dest == "pretrained" and value == "torchvision") and not os.path.isfile(value):
-            raise ValueError(f"--{dest} {value} is not a file; mend the path or leave --{dest} out")
+            raise UserError(f"--{dest} {value} is not a file; mend the path or leave --{dest} out")
     for dest in ("logdir", "checkpoint", "results"):
         _writable(dest, Path(getattr(opts, dest)))
 
@@ -423,6 +424,6 @@ def _writable(dest: str, folder: Path) -> None:
     """The folder, or the nearest one above it that exists, is a folder in which files can be made."""
     existing = next((path for path in (folder, *folder.absolute().parents) if os.path.exists(path)), Path("/"))
     if not os.path.isdir(existing):
-        raise ValueError(f"--{dest} {folder}: {existing} is a file, not a folder; name another folder")
+        raise UserError(f"--{dest} {folder}: {existing} is a file, not a folder; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--{dest} {folder}: {existing} is not writable; name another folder")
+        raise UserError(f"--{dest} {folder}: {existing} is not writable; name another folder")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from utils.errors import UserError
+
 #: Taps that belong to the ResNet body; those after them belong to the DeepLab head (`--pod_apply`).
 BACKBONE_TAPS = 4
 
@@ -23,16 +25,16 @@ _CHOICES = {
 def _known(given: Any, keys: set[str], place: str) -> None:
     """Refuses what is not a JSON object, or has a key that is not known."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{place} is {given!r}; it must be a JSON object with keys out of {', '.join(sorted(keys))}.")
+        raise UserError(f"{place} is {given!r}; it must be a JSON object with keys out of {', '.join(sorted(keys))}.")
     for key in given:
         if key not in keys:
-            raise ValueError(f"Unknown key {key!r} in {place}; known are {', '.join(sorted(keys))}.")
+            raise UserError(f"Unknown key {key!r} in {place}; known are {', '.join(sorted(keys))}.")
 
 
 def _scales(scales: Any) -> tuple[int, ...]:
     """The scales as a tuple of positive integers."""
     if not isinstance(scales, (list, tuple)) or not scales or any(not isinstance(s, int) or s < 1 for s in scales):
-        raise ValueError(f"spp_scales={scales!r} is not a list of positive integers; the usual one is 1 2 4.")
+        raise UserError(f"spp_scales={scales!r} is not a list of positive integers; the usual one is 1 2 4.")
     return tuple(scales)
 
 
@@ -68,15 +70,15 @@ class TapOptions:
             value = getattr(self, key)
             if not isinstance(value, (str, bool)) or value not in choices:
                 allowed = ", ".join(map(repr, choices))
-                raise ValueError(f"{key}={value!r} in the POD options is unknown; use one of {allowed}.")
+                raise UserError(f"{key}={value!r} in the POD options is unknown; use one of {allowed}.")
         if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)):
-            raise ValueError(f"factor={self.factor!r} in the POD options is not a number; give one such as 0.01.")
+            raise UserError(f"factor={self.factor!r} in the POD options is not a number; give one such as 0.01.")
 
     def updated(self, changes: Any, place: str) -> TapOptions:
         """These options with the user's changes.
 
         Raises:
-            ValueError: a key that does not exist, named with its place and the known ones.
+            UserError: a key that does not exist, named with its place and the known ones.
         """
         _known(changes, {field.name for field in fields(self)}, place)
         return replace(self, **changes)
@@ -117,11 +119,11 @@ class PodOptions:
 
     def __post_init__(self) -> None:
         if self.apply not in ("all", "backbone", "deeplab"):
-            raise ValueError(f"--pod_apply {self.apply!r} is unknown; use 'all', 'backbone' or 'deeplab'.")
+            raise UserError(f"--pod_apply {self.apply!r} is unknown; use 'all', 'backbone' or 'deeplab'.")
         if self.mask_position not in ("last", "all"):
-            raise ValueError(f"mask_position={self.mask_position!r} in --pod_options is unknown; use 'last' or 'all'.")
+            raise UserError(f"mask_position={self.mask_position!r} in --pod_options is unknown; use 'last' or 'all'.")
         if self.deeplab_mask and self.deeplab_mask_factor == 0 and self.mask_position == "all":
-            raise ValueError(
+            raise UserError(
                 "--pod_deeplab_mask_factor 0 with mask_position 'all' in --pod_options leaves no tap; "
                 "give a factor above 0 or mask_position 'last'."
             )
@@ -141,7 +143,7 @@ class PodOptions:
             The options; `before` and `after` each start from `default`.
 
         Raises:
-            ValueError: an unknown key or value, named with the known ones.
+            UserError: an unknown key or value, named with the known ones.
         """
         default = default or TapOptions()
         options = {} if options is None else options

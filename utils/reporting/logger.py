@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.reporting.events import scalars_at
 from utils.runtime import distributed
 
@@ -41,7 +42,7 @@ class Logger:
                 values in one place, and so is what it validated then, because that is repeated. None: nothing is superseded.
 
         Raises:
-            ValueError: the folder cannot be written.
+            UserError: the folder cannot be written.
         """
         if not distributed.is_main():
             return
@@ -60,7 +61,7 @@ class Logger:
             # The library's names are good for one file a second.
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         except OSError as error:
-            raise ValueError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
+            raise UserError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
         self.flushed_at = time.monotonic()
         if first_iteration is not None:
             # Readers drop all from this abscissa on, the last iteration that is not repeated with it: it is written again.

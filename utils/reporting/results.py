@@ -25,6 +25,7 @@ from metrics.summary import average_over_steps, harmonic_mean, missing_steps, su
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.store import plain_options
 from utils.checkpointing.structure import PART_OF_FILE_NAME
+from utils.errors import UserError
 from utils.types import TaskLike
 
 #: What the official CSV writes for a class that is not learned yet or does not occur.
@@ -74,7 +75,7 @@ def check(opts: Namespace, task: TaskLike) -> None:
     """Refuse existing results that could not be continued, before a day of training ends on them.
 
     Raises:
-        ValueError: names the file.
+        UserError: names the file.
         OSError: a file cannot be read.
     """
     path = csv_path(opts, task)
@@ -104,7 +105,7 @@ def write(
         The step's entry in the JSON.
 
     Raises:
-        ValueError: the file holds the results of another task.
+        UserError: the file holds the results of another task.
         OSError: the folder cannot be written; neither file is changed.
     """
     class_iou = scores["Class IoU"]
@@ -144,7 +145,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
         Whether the results of this run have them now: of these very weights, and tested with the same options.
 
     Raises:
-        ValueError: the file of this run holds the results of another task.
+        UserError: the file of this run holds the results of another task.
         OSError: the folder cannot be written; neither file is changed.
     """
     if recorded(opts, task, state["model_state"]):
@@ -158,7 +159,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
             return False
         document, rows = read(path.with_suffix(".json")), _read_rows(path)
         _require_task(path, document, task)
-    except ValueError:  # a file that this program did not write, or of another task, does not have them
+    except UserError:  # a file that this program did not write, or of another task, does not have them
         return False
     steps = range(task.step + 1)
     entries = {str(step): document["steps"].get(str(step), {}) for step in steps}
@@ -189,11 +190,11 @@ def _require_task(path: Path, document: dict[str, Any], task: TaskLike) -> None:
     """Refuse to mix the results of two tasks, or of two orders of classes under one name.
 
     Raises:
-        ValueError: names the file.
+        UserError: names the file.
     """
     theirs = document.get("class_order")
     if document["steps"] and theirs != [list(step) for step in task.steps]:
-        raise ValueError(
+        raise UserError(
             f"{path.with_suffix('.json')} holds the results of another order of classes, {str(theirs)[:200]}; choose another --name or "
             "--date, or move it away"
         )
@@ -291,7 +292,7 @@ def _read_rows(path: Path) -> dict[int, str]:
     rows = {}
     for line in path.read_text(errors="replace").splitlines():
         step = line.split(",", 1)[0]
-        if step.isdigit():
+        if step.isdecimal():
             rows[int(step)] = line
     return rows
 
@@ -306,7 +307,7 @@ def read(path: Path) -> dict[str, Any]:
         The document; its "steps" have the entries of `write` by the number of the step, as text, in ascending order.
 
     Raises:
-        ValueError: not the JSON of a run.
+        UserError: not the JSON of a run.
         OSError: the file cannot be read.
     """
     try:
@@ -320,7 +321,7 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed or document.get("unit", UNIT) != UNIT:
-        raise ValueError(f"results file {path} is not one that this program wrote; move it away, then run again")
+        raise UserError(f"results file {path} is not one that this program wrote; move it away, then run again")
     averages = average_over_steps({int(step): entry["all"] for step, entry in entries.items()})
     for (
         step,

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import UserError
+
 #: A process that waits longer than this for the others gives up with an error; none hangs for ever. A process that died is noticed
 #: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -28,7 +30,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 _PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "remote process")
 
 
-class SharedError(ValueError):
+class SharedError(UserError):
     """A user's error that all processes know of: the main process alone speaks of it."""
 
 
@@ -43,18 +45,18 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
         The device this process computes on.
 
     Raises:
-        ValueError: CUDA asked for on a machine without it, or more processes than GPUs.
+        UserError: CUDA asked for on a machine without it, or more processes than GPUs.
         DistError: not all processes came within `RENDEZVOUS_TIMEOUT`.
     """
     local_rank = _number("LOCAL_RANK", local_rank)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
         )
     use_cuda = torch.cuda.is_available() and device != "cpu"
     here = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))
     if use_cuda and here > torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"{here} processes on this machine, but torch sees {torch.cuda.device_count()} GPU(s); start at most that many "
             "(--nproc_per_node), or add --device cpu"
         )
@@ -74,7 +76,7 @@ def _number(variable: str, default: int) -> int:
     """A number that the launcher left in the environment."""
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal():
-        raise ValueError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
+        raise UserError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
     return int(text)
 
 
@@ -84,7 +86,7 @@ def _check_environment() -> None:
     missing = [name for name in variables if not os.environ.get(name)]
     if missing or _number("RANK", 0) >= world or _number("MASTER_PORT", 0) > 65535:
         wrong = f"{missing[0]} is not set" if missing else ", ".join(f"{name}={os.environ[name]}" for name in variables)
-        raise ValueError(
+        raise UserError(
             f"WORLD_SIZE={world} in the environment announces {world} processes, but {wrong}; start with torchrun, or unset WORLD_SIZE"
         )
 
@@ -219,13 +221,13 @@ def on_main(action: Callable[[], Any], local: bool = False) -> Any:
         What the action returned on rank 0; None on the others if `local`.
 
     Raises:
-        SharedError: with the text of the main process's ValueError or OSError.
+        SharedError: with the text of the main process's UserError or OSError.
     """
     result, fault = None, None
     if is_main():
         try:
             result = action()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if not active():
                 raise
             fault = str(error)
@@ -247,12 +249,12 @@ def run_on_all(action: Callable[[], Any]) -> Any:
         What the action returned on this process.
 
     Raises:
-        SharedError: with the text of every process's ValueError or OSError, equal ones said once.
+        SharedError: with the text of every process's UserError or OSError, equal ones said once.
     """
     result, fault = None, None
     try:
         result = action()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if not active():
             raise
         fault = str(error)

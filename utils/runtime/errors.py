@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 
+from utils.errors import UserError
 from utils.runtime import distributed, memory
 from utils.runtime.signals import Stopped
 
@@ -31,7 +32,7 @@ def report(error: Exception, debug: bool) -> int | None:
     text = f"error: {error}"
     if isinstance(error, Stopped):
         text, code = f"{error}; the same command with --resume continues", error.exit_code
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (UserError, OSError)):
         said, code = distributed.should_print(error), USER_ERROR
         # An error of a worker process that loads data brings a traceback, whose last line is the message.
         last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")

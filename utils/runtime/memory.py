@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from utils.errors import UserError
+
 #: Words of the errors by which torch says that memory is full, or that the system ended a process for it.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -26,7 +28,7 @@ def shortage(error: BaseException) -> str:
             "a process that loads data has handed over nothing for five minutes (is the disk out of reach?); "
             "repeat the command with --resume"
         )
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:  # "DataLoader worker process" stands in the message of an exception within one
         return (
             "a process that loads data is gone (did the system end it because the memory is full?); "
             "lower --num_workers, then repeat the command with --resume"
@@ -45,14 +47,14 @@ def trial(batch_size: int, pixels: int) -> Iterator[None]:
         pixels: their side.
 
     Raises:
-        ValueError: with the remedy.
+        UserError: with the remedy.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not shortage(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"--trial_batch: a batch of {batch_size} at {pixels} px does not fit into the memory; "
             "lower --batch_size or --crop_size, or use --opt_level O1"
         ) from error

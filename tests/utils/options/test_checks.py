@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import argparser
 from tests.support.command_lines import LSKD_COMMAND, SHAPES, parse, refusal
+from utils.errors import UserError
 from utils.options import checks
 
 ACTIONS = {action.dest: action for action in argparser.build_parser()._actions}
@@ -368,5 +369,5 @@ def test_mutated_command_lines_end_in_a_message_or_are_accepted(words):
         argparser.check(argparser.parse(words))
     except SystemExit as ended:
         assert ended.code == 2
-    except (ValueError, OSError) as refused:
+    except (UserError, OSError) as refused:
         assert str(refused)

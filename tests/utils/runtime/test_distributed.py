@@ -22,6 +22,7 @@ import train
 from dataset.sampler import EpochSampler, PartSampler
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
+from utils.errors import UserError
 from utils.runtime import distributed, errors
 
 #: An odd number of validation images, and a norm whose statistics are those of all processes.
@@ -112,7 +113,7 @@ def cause(patch, fault):
             if fault == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
             elif fault == "unreadable":
-                raise ValueError("image b.png cannot be read")
+                raise UserError("image b.png cannot be read")
             elif fault == "nan":
                 images = images * float("nan")
         return iteration(self, images, labels)
