@@ -24,6 +24,7 @@ from dataset import DATASETS, load_task, tasks
 from utils.errors import UserError
 from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
+from utils.options.spelling import AnyCase, Parser, show_defaults
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
 RATES = (
@@ -52,7 +53,7 @@ def schemes(text: str) -> tuple[str, ...]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every group of options, those that methods bring included."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run.py",
         usage="run.py [options], all listed by run.py --help",  # the generated one hides an error under 80 lines
         description="Class-incremental semantic segmentation: train one or several steps of a task.",
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_group(parser)
     for part in methods.all_parts():
         part.add_options(parser)
+    show_defaults(parser)
     return parser
 
 
@@ -90,6 +92,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is left in the namespace then stood on the command line
     given = vars(parser.parse_args(argv))
+    if "task" in given:
+        given["task"] = tasks.official_name(given.get("dataset", defaults["dataset"]), given["task"])
     preset, task_specific = _preset(defaults, given)
     unknown = sorted(set(preset) - set(defaults))
     assert not unknown, f"the preset of {given['method']} sets {unknown}, which no option has"
@@ -203,8 +207,13 @@ def _task(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("task, method and previous step")
     add, switch = group.add_argument, partial(_switch, group)
     names = [*OFFICIAL_METHODS, *(name for name in ("Joint", "LSKD", *methods.METHODS) if name not in OFFICIAL_METHODS)]
-    add("--method", type=str, default=None, choices=list(dict.fromkeys(names)), help="preset; none: FT")
-    add("--task", type=str, default="19-1", help="partition of the classes, such as 15-5s, or offline for all at once")
+    add("--method", type=str, default=None, choices=AnyCase(list(dict.fromkeys(names))), help="preset; none: FT")
+    add(
+        "--task",
+        type=str,
+        default="19-1",
+        help="partition of the classes, such as 15-5s (15-1 in papers); offline: no steps",
+    )
     add("--task_file", default=None, help="JSON with an order of classes of your own, instead of --task")
     add("--step", type=int, default=[0], nargs="+", help="step or steps to train, in this order")
     switch("--overlap", help="step images may show future classes; default: disjoint")

@@ -44,6 +44,7 @@ from utils import scheduler
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
+from utils.options.spelling import given
 from utils.reporting import results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the command line; what is wrong with it is said by one process of a machine."""
     if distributed.first_here():
-        return argparser.parse(argv)
+        return argparser.parse(given(argv))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        return argparser.parse(argv)
+        return argparser.parse(given(argv))
 
 
 def run(opts: Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.options.spelling import suggestion
 from utils.types import IGNORE
 
 OFFLINE = "offline"
@@ -167,6 +168,15 @@ def _tables() -> dict[str, Any]:
 KNOWN = tuple(_tables())
 
 
+#: Names that papers give to official tasks.
+_NAMES_IN_PAPERS = {("voc", "15-1"): "15-5s", ("ade", "50-50"): "50"}
+
+
+def official_name(dataset: str, name: str) -> str:
+    """The official name of a task, from that or from its name in papers: "15-5s" for "15-1" on VOC."""
+    return _NAMES_IN_PAPERS.get((dataset, name), name)
+
+
 def names(dataset: str) -> list[str]:
     """Names of the tasks of a data set; every data set has "offline", all classes at once."""
     return [OFFLINE, *_tables().get(dataset, {}).get("tasks", {})]
@@ -203,7 +213,7 @@ def load(
     else:
         raise UserError(
             f"--task {name!r} is not a task of {dataset}: it has {', '.join(names(dataset))}; "
-            "an order of your own is given with --task_file"
+            f"an order of your own is given with --task_file{suggestion(str(name), names(dataset))}"
         )
     return Task(dataset, name, step, steps, domain, facts.get("domain_labels", 19))
 

@@ -1,0 +1,135 @@
+"""How words of a command line are read: names in any case, suggestions for misspelt ones, defaults in the help."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NoReturn
+
+#: What run.py prints when it is started without a word.
+USAGE = """\
+Train, test or describe steps of a class-incremental segmentation task:
+
+    python run.py --dataset shapes --task 6-2 --overlap --step 0 1 2 --method PLOP \\
+        --backbone resnet18 --no_pretrained --crop_size 64 --lr 0.05 0.01 0.01
+
+    python run.py --help           all options, with their defaults
+    python run.py --list_methods   the methods and what their presets set
+    bash scripts/quickstart.sh     trains three methods on the embedded data set and prints a table
+
+The data set shapes is drawn by the program and needs no files. docs/command-line.md has examples for the others."""
+
+
+def given(argv: Sequence[str] | None) -> list[str]:
+    """The words that a program was started with.
+
+    Args:
+        argv: the words, or None for those of this process.
+
+    Raises:
+        SystemExit: 2, after `USAGE`, if there are none.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        print(USAGE)
+        raise SystemExit(2)
+    return words
+
+
+class AnyCase(Collection[str]):
+    """Names that the command line may spell in any case: choices of an option.
+
+    Args:
+        names: as the program spells them.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = {name.lower(): name for name in names}
+
+    def __contains__(self, word: object) -> bool:
+        return isinstance(word, str) and word.lower() in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names.values())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def spelled(self, word: str) -> str:
+        """The name as the program spells it."""
+        return self._names[word.lower()]
+
+
+class Parser(argparse.ArgumentParser):
+    """The standard parser, which also suggests what a misspelt option or choice may have meant, and refuses `--` as a value.
+
+    Python 3.11 reads `--option=--` as an option with an empty list of values, whatever the option takes.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As the standard parser's; see the class."""
+        words = list(sys.argv[1:] if args is None else args)
+        takes_names_alone = any(not action.option_strings for action in self._actions)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word.removesuffix('=--')}: '--' is no value; give one, or leave the option out")
+            if word == "--" and not takes_names_alone:
+                self.error("'--' stands alone; every word of this command line is an option or the value of one")
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        for action in self._actions:
+            if isinstance(action.choices, AnyCase) and getattr(parsed, action.dest, None) in action.choices:
+                setattr(parsed, action.dest, action.choices.spelled(getattr(parsed, action.dest)))
+        return parsed
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """The suggestion for the first unknown word that resembles an option."""
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        for word in unknown:
+            if word[:1] in "-–—" and (meant := suggestion(word.partition("=")[0], flags)):
+                return meant
+        return ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action,
+                f"{str(value)[:80]!r} is unknown; choose one of {', '.join(known)}{suggestion(str(value), known)}",
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """The usage and the message, without characters that no terminal prints; exit code 2."""
+        super().error(message.encode(errors="backslashreplace").decode())
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """What a misspelt word may have meant, as the end of a message.
+
+    Args:
+        word: what was given.
+        known: what could have been given.
+
+    Returns:
+        "; did you mean NAME?" with the most similar name, in any case, or "" if none resembles the word.
+    """
+    names = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word[:80].lower().replace("—", "--").replace("–", "--"), names, n=1, cutoff=0.6)
+    return f"; did you mean {names[found[0]]}?" if found else ""
+
+
+def show_defaults(parser: argparse.ArgumentParser) -> None:
+    """Add the default of each option that has one to its help.
+
+    Switches, options without effect and those whose default is "not given" stay as they are.
+    """
+    for action in parser._actions:
+        value = action.default
+        if action.nargs == 0 or value in (None, "") or not action.help or action.help.startswith("no effect"):
+            continue
+        words = {list: " ", tuple: ","}
+        shown = words[type(value)].join(map(str, value)) if type(value) in words else str(value)
+        action.help += f" (default: {shown.replace('%', '%%')})"
