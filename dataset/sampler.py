@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -54,10 +54,16 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
         self.first_batch = first_batch
 
-    def indices(self) -> list[int]:
-        """This process's samples of the current epoch, complete batches only."""
+    def indices(self, complete_batches: bool = True) -> list[int]:
+        """This process's samples of the current epoch.
+
+        Args:
+            complete_batches: leave out the last samples, which do not fill a batch of all processes.
+        """
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.step, self.epoch))
-        order = torch.randperm(self.length, generator=generator)[: self.batches * self.batch_size * self.world_size]
+        order = torch.randperm(self.length, generator=generator)
+        if complete_batches:
+            order = order[: self.batches * self.batch_size * self.world_size]
         return order[self.rank :: self.world_size].tolist()
 
     def batch(self, number: int) -> list[int]:
@@ -90,7 +96,7 @@ class PartSampler(Sampler[int]):
 
 
 def make_loader(
-    data: Dataset, sampler: Sampler[int], batch_size: int, opts: Namespace, pin_memory: bool, lasting: bool = False
+    data: Dataset, sampler: Iterable[int], batch_size: int, opts: Namespace, pin_memory: bool, lasting: bool = False
 ) -> DataLoader:
     """Batches of a data set.
 
@@ -143,6 +149,13 @@ class TrainingBatches(Protocol):
         """(images, labels) of each batch."""
         ...
 
+    def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """One pass over this process's share of all images, those included that fill no batch: the last batch may be smaller.
+
+        The n-th image of process r is the (r + n · processes)-th one of the chosen epoch's order, both counted from 0.
+        """
+        ...
+
 
 class LoadedBatches:
     """The training batches of a process, read by a `DataLoader`.
@@ -155,7 +168,7 @@ class LoadedBatches:
     """
 
     def __init__(self, data: SegmentationSet | JoinedSet, sampler: EpochSampler, opts: Namespace, pin_memory: bool):
-        self.data, self.sampler = data, sampler
+        self.data, self.sampler, self.opts, self.pin_memory = data, sampler, opts, pin_memory
         self.loader = make_loader(data, sampler, sampler.batch_size, opts, pin_memory, lasting=True)
 
     def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
@@ -168,6 +181,11 @@ class LoadedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.loader)
+
+    def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`; its worker processes end with the pass."""
+        own = self.sampler.indices(complete_batches=False)
+        return make_loader(self.data, own, self.sampler.batch_size, self.opts, self.pin_memory)
 
     def files(self, number: int) -> list[str]:
         """Names of the files of a batch of the chosen epoch."""
@@ -209,6 +227,10 @@ class FixedBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches[self.first_batch :])
 
+    def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`."""
+        return iter(self.batches)
+
 
 class Interruptible:
     """Batches whose passes end early, after at least one batch, once a stop is asked for.
@@ -235,7 +257,14 @@ class Interruptible:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.batches:
+        return self._until_stopped(self.batches)
+
+    def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`."""
+        return self._until_stopped(self.batches.every_image())
+
+    def _until_stopped(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
             yield batch
             if self.stop.signum:
                 return
