@@ -5,10 +5,8 @@ import torch
 
 import methods
 import run
-import train
-from methods.phase import PhaseRun
 from tests.examples.every_hook import EveryHook, UsesEveryHook
-from tests.support import thin
+from tests.support import interrupted, thin
 from utils.checkpointing import checkpoint_files
 
 TEXT = "--method EveryHook --task 6-2 --epochs 2 --num_workers 0"
@@ -106,34 +104,7 @@ def test_the_memory_joins_the_training_set(tmp_path, monkeypatch):
     assert lengths[1] == len(plain.train) + 2
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing is tidied up."""
-
-
 @pytest.mark.parametrize("at", [1, 4, 7, 10, 13, 14])
-def test_a_resume_continues_to_the_bit(tmp_path, monkeypatch, at):
-    """Killed at its k-th iteration, counted over phases and training; every iteration is saved."""
-    text = f"{TEXT} --step 1 --ckpt_minutes 0.000001 --step_ckpt '{tmp_path}/whole/checkpoints/6-2-shapes_n_0.pth'"
-    assert thin.launch(tmp_path / "whole", f"{TEXT} --step 0") == 0
-    assert thin.launch(tmp_path / "whole", text) == 0
-    done = []
-
-    def counted(iterate):
-        def count(*args):
-            if len(done) == at:
-                raise Killed
-            done.append(at)
-            return iterate(*args)
-
-        return count
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PhaseRun, "_iterate", counted(PhaseRun._iterate))
-        patch.setattr(train.Trainer, "train_iteration", counted(train.Trainer.train_iteration))
-        with pytest.raises(Killed):
-            thin.launch(tmp_path / "parts", text)
-    assert thin.launch(tmp_path / "parts", f"{text} --resume") == 0
-    whole, parts = weights(tmp_path / "whole", 1), weights(tmp_path / "parts", 1)
-    for key in ("model_state", "method_state", "optimizer_state"):
-        assert checkpoint_files.digest(whole[key]) == checkpoint_files.digest(parts[key]), key
-    assert [entry["losses"] for entry in whole["history"]] == [entry["losses"] for entry in parts["history"]]
+def test_a_resume_continues_to_the_bit(tmp_path, at):
+    """Killed after its k-th iteration, counted over phases and training."""
+    interrupted.assert_equal_to_the_bit(*interrupted.run_twice(tmp_path, TEXT, step=1, at=at))

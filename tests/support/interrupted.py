@@ -1,0 +1,63 @@
+"""A step that is killed at one of its iterations and resumed, beside the same step that ran through."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from methods.phase import PhaseRun
+from tests.support import thin
+from utils.checkpointing import checkpoint_files
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is tidied up."""
+
+
+def run_twice(folder: Path, text: str, step: int, at: int) -> tuple[dict, dict]:
+    """Train a step without and with an interruption, from the same checkpoint of the step before.
+
+    Args:
+        folder: empty, for the outputs.
+        text: the command line without --step; the steps before `step` are trained with it too.
+        step: the step that is killed.
+        at: the number of iterations, over phases and training, that end before the kill; every one of them is saved.
+
+    Returns:
+        The checkpoints of the step that ran through and of the one that was resumed.
+    """
+    options = text.split()
+    task = options[options.index("--task") + 1]
+    earlier = " ".join(str(number) for number in range(step))
+    assert thin.launch(folder / "whole", f"{text} --step {earlier}") == 0
+    file = f"checkpoints/{task}-shapes_n_{{}}.pth"
+    previous = shlex.quote(str(folder / "whole" / file.format(step - 1)))
+    words = f"{text} --step {step} --ckpt_minutes 0.000001 --step_ckpt {previous}"
+    assert thin.launch(folder / "whole", words) == 0
+    done = []
+
+    def counted(iterate):
+        def count(*args):
+            if len(done) == at:
+                raise Killed
+            done.append(at)
+            return iterate(*args)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseRun, "_iterate", counted(PhaseRun._iterate))
+        patch.setattr(train.Trainer, "train_iteration", counted(train.Trainer.train_iteration))
+        with pytest.raises(Killed):
+            thin.launch(folder / "parts", words)
+    assert thin.launch(folder / "parts", f"{words} --resume") == 0
+    whole, parts = (checkpoint_files.load(folder / name / file.format(step)) for name in ("whole", "parts"))
+    return whole, parts
+
+
+def assert_equal_to_the_bit(whole: dict, parts: dict) -> None:
+    """Both have learned the same network, states and losses."""
+    for key in ("model_state", "trainer_state", "method_state", "optimizer_state"):
+        assert checkpoint_files.digest(whole[key]) == checkpoint_files.digest(parts[key]), key
+    assert [entry["losses"] for entry in whole["history"]] == [entry["losses"] for entry in parts["history"]]
