@@ -107,8 +107,7 @@ def run(opts: Namespace) -> None:
     faults: list[str] = []
     with StopRequest() as stop:
         for step in opts.step:
-            if signum := distributed.max_over_ranks(stop.signum):
-                raise Stopped(signum)
+            stop.raise_together()
             seed_everything(opts.random_seed)
             task = dataset.load_task(opts, step)
             step_opts = options_of_step(opts, task)
@@ -338,7 +337,9 @@ class StepRun:
         data, previous, resumed = prepared.data, prepared.previous, prepared.resumed
         try:
             if resumed is None and self.opts.ckpt is None:
-                method.init_classifier(prepared.model, prepared.teacher, data.batches, self.device)
+                batches = Interruptible(data.batches, self.stop)
+                method.init_classifier(prepared.model, prepared.teacher, batches, self.device)
+                self.stop.raise_together()
             context = Context(self.device, self.log, self.stop, data.files_of_batch, self.opts.ckpt_minutes)
             trainer = Trainer(
                 self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
@@ -380,8 +381,7 @@ class StepRun:
         distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=resumed is None))
         if resumed is None:
             trainer.method.begin_step(Interruptible(data.batches, self.stop), trainer.teacher, self.device)
-            if signum := distributed.max_over_ranks(self.stop.signum):
-                raise Stopped(signum)
+            self.stop.raise_together()
         try:
             if self.opts.trial_batch:
                 with memory.trial(self.opts.batch_size, self.opts.crop_size):

@@ -160,8 +160,7 @@ class PhaseRun:
             if not self.begun:
                 batches.set_position(0, purpose=f"{phase.name} statistics")
                 phase.begin(Interruptible(batches, self.context.stop))
-                if signum := distributed.max_over_ranks(self.context.stop.signum):
-                    raise Stopped(signum)
+                self.context.stop.raise_together()
                 self.begun = True
             if self.optimizer is None:
                 self.optimizer = phase.make_optimizer()

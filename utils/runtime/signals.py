@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Any
 
+from utils.runtime import distributed
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 #: A launcher hands on the signal that the whole process group got already: within this time the second is not another request.
@@ -50,6 +52,15 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    def raise_together(self) -> None:
+        """End a stretch without a state to save, where any process was asked to stop; all processes call it.
+
+        Raises:
+            Stopped: on all processes.
+        """
+        if signum := distributed.max_over_ranks(self.signum):
+            raise Stopped(signum)
 
     def _receive(self, signum: int, frame: object) -> None:
         now = time.monotonic()
