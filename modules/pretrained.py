@@ -80,11 +80,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         content = checkpoint_files.load(path)
     except UserError as error:
-        raise UserError(
-            f"{path} is not a file of plain tensors that torch.load(weights_only=True) reads: it is damaged, or holds Python "
-            "objects or tensors without plain numbers and must be saved again as a state dict "
-            f"({type(error.__cause__ or error).__name__})"
-        ) from error
+        raise UserError(f"--pretrained: {error}, or save its weights again as a state dict") from error
     content = content.get("state_dict", content)
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):

@@ -178,8 +178,8 @@ def test_a_flipped_file_of_the_old_format_is_refused(folder):
         (lambda weight: weight.fill_(float("inf")), "NaN or infinite numbers in mod1.conv1.weight;"),
         (lambda weight: weight.double().fill_(1e300), "NaN or infinite numbers in mod1.conv1.weight;"),
         (lambda weight: weight.long(), "numbers of another type in mod1.conv1.weight;"),
-        (lambda weight: weight.cfloat(), "tensors without plain numbers"),
-        (lambda weight: weight.to("meta"), "tensors without plain numbers"),
+        (lambda weight: weight.cfloat(), "Python objects beside plain tensors"),
+        (lambda weight: weight.to("meta"), "Python objects beside plain tensors"),
     ],
 )
 def test_weights_that_are_no_finite_numbers_are_refused(folder, spoil, expected):

@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit, and that run no code when they are read.
 
 A file is written beside its place, flushed to the disk, read back and verified, and only then renamed over the previous one,
-so the last good checkpoint is never replaced by a bad one. Its content carries a checksum. Files are read with
-`weights_only=True`: tensors and plain Python values only, which the official checkpoints satisfy.
+so the last good checkpoint is never replaced by a bad one. Its content carries a checksum. Before a file is read with
+`weights_only=True`, its pickle is scanned (`pickle_scan`): tensors and plain Python values only, which the official checkpoints
+satisfy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.checkpointing.pickle_scan import PickleScan, Refused
 from utils.errors import UserError
 
 #: Prefix of the official parameter names: their model was saved inside its distributed wrapper.
@@ -37,20 +40,14 @@ FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
 #: What no official file holds, for files in which the mark was damaged as well.
 OWN_KEYS = frozenset(("options", "task", "state"))
 
-#: Deeper or larger structures are no checkpoint: a few hundred bytes of pickle can stand for more lists than there are atoms.
-DEEPEST, MOST_ITEMS = 50, 10_000_000
-
-#: What a training computes and counts in; for others torch lacks half of its functions.
-PLAIN_TYPES = frozenset(
-    (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-)
-
 #: What a file needs beside the numbers of a tensor: its name in the weights, its place in the archive, padding.
 RECORD_BYTES = 512
 
-#: A tensor of more bytes than its file repeats its elements, or has none; below this size that does no harm.
-HARMLESS_BYTES = 1 << 20
+#: Sizes of the pickle in a checkpoint, in bytes; that of a ResNet-101 with its momenta has 0.1 MB.
+LARGEST_PICKLE = 1 << 26
+
+#: How the format of torch < 1.6 begins: with the pickle of this number, one of five pickles before the bytes of the tensors.
+LEGACY_START, LEGACY_PICKLES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2), 5
 
 
 def _numpy_scalars() -> list:
@@ -196,19 +193,17 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        state, strange = _read(path)
-    except pickle.UnpicklingError as error:
-        raise UserError(_unpickling_message(path, error)) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError,
-            OverflowError, MemoryError, UnicodeDecodeError, AssertionError, ImportError) as error:  # fmt: skip
+        state = _read(path)
+    except Refused as error:
+        raise UserError(
+            f"checkpoint {path} is refused: it holds {error}; take the file from its source again"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, LookupError, ValueError, TypeError,
+            AttributeError, OverflowError, MemoryError, AssertionError, ImportError) as error:  # fmt: skip
         raise UserError(
             f"checkpoint {path} is truncated or damaged, or no checkpoint at all ({type(error).__name__}); "
             "restore it or train the step again"
         ) from error
-    if strange:
-        raise UserError(
-            f"checkpoint {path} is refused: it holds {strange}, which no training writes; take the file from its source again"
-        )
     if not isinstance(state, dict):
         raise UserError(
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; it is no checkpoint of this program"
@@ -223,45 +218,41 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def _read(path: Path) -> tuple[Any, str]:
-    """What a file holds, and what of it no checkpoint has ("" for nothing)."""
-    file_size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # torch packs nothing: an archive that unpacks to more is a bomb
-            if sum(record.file_size for record in archive.infolist()) > file_size:
-                return {}, "records that unpack to more than its size"
+def _read(path: Path) -> Any:
+    """What a file holds, after its pickle was scanned."""
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY_START))
+    source: Path | io.BytesIO = path
+    if start.startswith(b"PK\x03\x04"):
+        _scan_archive(path)
+    elif start == LEGACY_START:
+        # From memory: given a file, torch looks first whether it is a tar archive, the oldest format, which is unpacked to disk
+        source = io.BytesIO(path.read_bytes())
+        scan = PickleScan(path.stat().st_size)
+        for _ in range(LEGACY_PICKLES):
+            scan.follow(source)
+        source.seek(0)
+    else:
+        raise ValueError("it begins like no file of torch")
     with _allowing_numpy_scalars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, _strange(state, file_size + HARMLESS_BYTES)
+        return torch.load(source, map_location="cpu", weights_only=True)
 
 
-def _strange(state: Any, most_bytes: int) -> str:
-    """What of a structure would stop or exhaust the program that works with it; "" for nothing."""
-    waiting, count = [(state, 0)], 0
-    while waiting:
-        item, depth = waiting.pop()
-        count += 1
-        if depth > DEEPEST or count > MOST_ITEMS:
-            return "lists in lists beyond measure"
-        if isinstance(item, dict):
-            waiting += [(value, depth + 1) for value in item.values()]
-        elif isinstance(item, (list, tuple)):
-            waiting += [(value, depth + 1) for value in item]
-        elif isinstance(item, torch.Tensor):
-            plain = item.layout == torch.strided and item.device.type == "cpu" and item.dtype in PLAIN_TYPES
-            if not plain or item.is_neg():
-                return "a tensor that is not plain (sparse, quantised, without data or of a strange type)"
-            if item.numel() * item.element_size() > most_bytes:
-                return "a tensor larger than the file"
-    return ""
-
-
-def _unpickling_message(path: Path, error: Exception) -> str:
-    text = str(error)
-    if "GLOBAL" in text or "Unsupported class" in text:
-        return f"checkpoint {path} is refused: it holds Python objects beside tensors, which could run code when loaded"
-    return f"checkpoint {path} is truncated or damaged, or no checkpoint at all; restore it or train the step again"
+def _scan_archive(path: Path) -> None:
+    """Refuse an archive whose records or whose pickle are not those of a checkpoint."""
+    file_size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        sizes = {record.filename.partition("/")[2]: record.file_size for record in archive.infolist()}
+        packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+        if packed or sum(record.file_size for record in archive.infolist()) > file_size:  # torch packs nothing
+            raise Refused("records that unpack to more than its size")
+    # The same reader as in `torch.load`: another one might find another pickle in a crafted archive
+    reader = torch._C.PyTorchFileReader(str(path))
+    if sorted(reader.get_all_records()) != sorted(sizes) or sizes["data.pkl"] > LARGEST_PICKLE:
+        raise Refused("strange records")
+    records = {name.removeprefix("data/"): size for name, size in sizes.items() if name.startswith("data/")}
+    PickleScan(file_size, records).follow(io.BytesIO(reader.get_record("data.pkl")))
 
 
 def require_places(*paths: Path) -> None:
