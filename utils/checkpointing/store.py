@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.structure import PART_OF_FILE_NAME, scales_in_place
+from utils.checkpointing.header import check_header, describe, plain_options
+from utils.checkpointing.structure import scales_in_place
 from utils.errors import UserError
 from utils.types import TaskLike
 
@@ -286,7 +286,7 @@ class Store:
             )
         if state["state"] is None:
             return None
-        _check_header(path, state, own=True)
+        check_header(path, state, own=True)
         self._same_options(path, state)
         return state
 
@@ -377,7 +377,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no checkpoint of a step: it has no 'model_state' of tensors; name a file that a finished step wrote"
         )
-    _check_header(path, state)
+    check_header(path, state)
     model_state = checkpoint_files.without_prefix(state["model_state"])
     state["loss_weights"] = _named_loss_weights(
         path, model_state.pop(checkpoint_files.LOSS_WEIGHTS, None), state.get("loss_weights")
@@ -408,50 +408,3 @@ def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor
             f"its terms ({len(OFFICIAL_TERMS)} in official files); train that step again, or name another file with --step_ckpt"
         )
     return dict(zip(names, values))
-
-
-def _check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
-    """Refuse a file that does not say in plain values what it learned; an official one (not `own`) says nothing."""
-    described, options = state.get("task"), state.get("options", None if own else {})
-    schedule, history = state.get("scheduler_state"), state.get("history", [])
-    try:
-        json.dumps([described, options, history])
-        known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
-        counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
-        counted = counted and isinstance(state.get("iterations", 0), int)
-        plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
-        # the results take the date into their file name: it must not lead out of their folder
-        plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
-    except (TypeError, ValueError):
-        known = counted = plain = False
-    if not (known and counted and plain and isinstance(history, list)):
-        raise UserError(
-            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
-        )
-
-
-#: Keys of `describe`.
-DESCRIPTION = {"dataset", "name", "step", "steps"}
-
-
-def describe(task: TaskLike) -> dict[str, Any]:
-    """Data set, step and class order of a task, as plain values."""
-    steps = [list(step) for step in task.steps[: task.step + 1]]
-    return {"dataset": task.dataset, "name": task.name, "step": task.step, "steps": steps}
-
-
-def plain_options(opts: Namespace) -> dict[str, Any]:
-    """Options as plain values that load without unpickling code."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-    return {
-        key: plain(value)
-        for key, value in sorted(vars(opts).items())
-        if key not in ("explicit", "preset_applied", "task_preset")
-    }

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from metrics.summary import average_over_steps, harmonic_mean, missing_steps, summarise
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.store import plain_options
+from utils.checkpointing.header import plain_options
 from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
 from utils.types import TaskLike

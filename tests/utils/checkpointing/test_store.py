@@ -11,7 +11,7 @@ import torch
 import run
 from dataset import tasks
 from tests.support import thin
-from utils.checkpointing import checkpoint_files, store
+from utils.checkpointing import checkpoint_files, header, store
 from utils.checkpointing.store import Store
 from utils.runtime.signals import outlive_stop_signals
 
@@ -226,14 +226,14 @@ def test_a_finished_step_of_other_options_is_not_taken_for_this_one(tmp_path):
 
 
 def test_every_option_that_may_change_exists():
-    known = set(store.plain_options(thin.options())) | {"lr_of_step", "threshold_of_step"}
+    known = set(header.plain_options(thin.options())) | {"lr_of_step", "threshold_of_step"}
     assert known >= store.MAY_CHANGE_ON_RESUME
 
 
 def test_plain_options_load_without_code(tmp_path):
     opts = thin.options("--method PLOP --step 0 1")
     opts.path = Path("x")
-    plain = store.plain_options(opts)
+    plain = header.plain_options(opts)
     assert (
         plain["step"] == [0, 1] and plain["path"] == "x" and plain["pod_options"]["switch"]["after"]["type"] == "local"
     )

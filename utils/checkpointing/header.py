@@ -1,0 +1,67 @@
+"""What a checkpoint or the state of a run says of itself: which step of which task it is, with which options it was trained."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from utils.checkpointing.structure import PART_OF_FILE_NAME
+from utils.errors import UserError
+from utils.types import TaskLike
+
+#: Keys of `describe`.
+DESCRIPTION = {"dataset", "name", "step", "steps"}
+
+
+def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
+    """Refuse a file that does not say in plain values what it learned.
+
+    Args:
+        path: the file.
+        state: what it holds.
+        own: it is of this program; official ones say nothing.
+
+    Raises:
+        UserError: names the file.
+    """
+    described, options = state.get("task"), state.get("options", None if own else {})
+    schedule, history = state.get("scheduler_state"), state.get("history", [])
+    try:
+        json.dumps([described, options, history])
+        known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
+        counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
+        counted = counted and isinstance(state.get("iterations", 0), int)
+        plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
+        # the results take the date into their file name: it must not lead out of their folder
+        plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
+    except (TypeError, ValueError):
+        known = counted = plain = False
+    if not (known and counted and plain and isinstance(history, list)):
+        raise UserError(
+            f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
+        )
+
+
+def describe(task: TaskLike) -> dict[str, Any]:
+    """Data set, step and class order of a task, as plain values."""
+    steps = [list(step) for step in task.steps[: task.step + 1]]
+    return {"dataset": task.dataset, "name": task.name, "step": task.step, "steps": steps}
+
+
+def plain_options(opts: Namespace) -> dict[str, Any]:
+    """Options as plain values that load without unpickling code."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    return {
+        key: plain(value)
+        for key, value in sorted(vars(opts).items())
+        if key not in ("explicit", "preset_applied", "task_preset")
+    }
