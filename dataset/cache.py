@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from utils.errors import UserError
 
 FOLDER = ".cisscache"
-_FORMAT = 1
+_FORMAT = 2  # of the file, and of what a scan refuses
 _LOCK_SECONDS = 1800  # a job that waits longer scans for itself
 
 

@@ -18,9 +18,10 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.errors import UserError
+if __name__ == "__main__":  # started as a program, from whatever folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from utils.errors import UserError
 
 #: Below this many files a second process costs more than it saves.
 _FILES_PER_PROCESS = 500
@@ -28,6 +29,15 @@ _MAX_PROCESSES = 16
 
 #: What Pillow may take a file for, whatever its name. Others of its readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+
+#: Formats that keep every value of a mask, and the ways to pack a TIFF that do not.
+_LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+
+#: Modes of images with 8 bits a channel or fewer, and of grey images with 16. Others hold numbers whose range nobody says.
+_MODES_OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+_MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_BITS_PER_SAMPLE = 258  # tag of a TIFF
 
 
 def _open(path: str, what: str) -> Image.Image:
@@ -62,6 +72,12 @@ def _decode(image: Image.Image, path: str, what: str) -> None:
 def open_mask(path: str) -> Image.Image:
     """The decoded mask at `path`: 8 bits, one channel, palette or grey, each value a class id."""
     mask = _open(path, "mask")
+    packing = str(mask.info.get("compression", "")) if mask.format == "TIFF" else ""
+    if mask.format not in _LOSSLESS or packing in _LOSSY_TIFF:
+        shown = f"{mask.format} ({packing})" if packing else mask.format
+        raise UserError(
+            f"mask {path} is stored as {shown}, which changes class ids; save it anew from its source as PNG"
+        )
     if mask.mode not in ("P", "L"):
         raise UserError(
             f"mask {path} has the mode {mask.mode!r}: a mask is an 8-bit image of one channel (palette or grey) "
@@ -78,6 +94,7 @@ def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
     this one, unless only the turned image fits the mask; then it is turned.
     """
     image = _open(path, "image")
+    _check_mode(image, path)
     if size is None or image.size == size:
         return image
     stored = image.size
@@ -91,12 +108,31 @@ def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
     return image
 
 
+def _check_mode(image: Image.Image, path: str) -> None:
+    """UserError for an image whose values have no known range: converted, they would all be black or white."""
+    if image.mode not in _MODES_OF_8_BITS + _MODES_OF_16_BITS:
+        raise UserError(
+            f"image {path} has the mode {image.mode!r}, whose values have no known range; save it with 8 or 16 bits a channel"
+        )
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,)) if image.format == "TIFF" else (16,)
+    if image.mode in _MODES_OF_16_BITS and bits[0] != 16:
+        raise UserError(f"image {path} has {bits[0]} bits a channel; save it with 8 or 16")
+
+
+def _colours(image: Image.Image, path: str) -> np.ndarray:
+    """(H, W, 3) uint8 of an opened image. Of 16 bits of grey the high byte is kept, as Pillow does with 16 bits of colour."""
+    _decode(image, path, "image")
+    if image.mode in _MODES_OF_16_BITS:
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)  # H×W → H×W×3
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def read_pair(image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that cannot be used."""
     mask = open_mask(mask_path)
     image = open_image(image_path, mask.size)
-    _decode(image, image_path, "image")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB")), np.array(mask)
+    return _colours(image, image_path), np.array(mask)
 
 
 def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode: bool) -> tuple[list[int], str]:
@@ -138,10 +174,7 @@ def inspect(
     command = [sys.executable, os.path.abspath(__file__)]
     # a session of their own: Ctrl-C is for the main process alone, which then ends them
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    search = os.pathsep.join(
-        filter(None, (_ROOT, os.environ.get("PYTHONPATH")))
-    )  # where utils/errors.py is imported from
-    workers = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search}, **options) for _ in jobs]
+    workers = [subprocess.Popen(command, **options) for _ in jobs]
     found: list = [None] * len(pairs)
     try:
         for worker, job in zip(workers, jobs):

@@ -58,11 +58,14 @@ class Layout:
 
 
 def read_lines(path: Path, hint: str) -> list[str]:
-    """The non-empty lines of a text file, stripped; UserError that names the file if it is not one or is empty."""
+    """The non-empty lines of a text file, stripped; UserError that names the file if it is not one or is empty.
+
+    A byte order mark, which editors of Windows write in front, is left out.
+    """
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{path} is not a file: {hint}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {hint}") from None
     except UnicodeDecodeError as error:

@@ -225,7 +225,7 @@ def _read_task_file(path: Path, classes: int, domain: bool) -> tuple[str, tuple[
     if len(raw) > _MAX_TASK_FILE:
         raise UserError(f"task file {path} is larger than 1 MiB: is it another file?")
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"task file {path} is not valid JSON: {error}") from None
     name, steps = path.stem, content

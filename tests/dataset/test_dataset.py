@@ -306,7 +306,7 @@ def test_the_scan_process_leaves_stop_requests_to_the_main_process(root):
         text=True,
     )
     ignored = 0
-    while not (ignored >> (signal.SIGINT - 1) & ignored >> (signal.SIGTERM - 1) & 1):
+    while worker.poll() is None and not (ignored >> (signal.SIGINT - 1) & ignored >> (signal.SIGTERM - 1) & 1):
         status = Path(f"/proc/{worker.pid}/status").read_text()
         ignored = int(status.split("SigIgn:")[1].split()[0], 16)
         time.sleep(0.01)

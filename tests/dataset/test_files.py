@@ -11,6 +11,9 @@ from PIL import Image
 import dataset
 from dataset import files
 from tests.support.tiny_folder import build, options, save_image, save_mask, write_folder
+from utils.errors import UserError
+
+VALUES = frozenset((*range(5), 255))
 
 
 @pytest.fixture
@@ -77,6 +80,17 @@ def mask_of_another_size(root, name="train3"):
     save_mask(root / "masks" / f"{name}.png", [2], size=(24, 21))
 
 
+def mask_is_a_jpeg(root, name="train3"):
+    """Under the name of a PNG: its compression changes the ids at the borders of the classes."""
+    with Image.open(root / "masks" / f"{name}.png") as mask:
+        Image.fromarray(np.array(mask)).save(root / "masks" / f"{name}.png", format="JPEG")
+
+
+def mask_is_a_tiff_packed_as_jpeg(root, name="train3"):
+    with Image.open(root / "masks" / f"{name}.png") as mask:
+        Image.fromarray(np.array(mask)).save(root / "masks" / f"{name}.png", format="TIFF", compression="jpeg")
+
+
 def mask_is_a_bomb(root, name="train3"):
     """A PNG of 65,000 x 65,000 pixels in a few bytes."""
 
@@ -105,6 +119,8 @@ def mask_is_a_bomb(root, name="train3"):
         (mask_is_a_program, "cannot identify image file"),
         (mask_of_another_size, "has 24 x 20 pixels, its mask 24 x 21"),
         (mask_is_a_bomb, "cannot be read"),
+        (mask_is_a_jpeg, "is stored as JPEG, which changes class ids"),
+        (mask_is_a_tiff_packed_as_jpeg, "is stored as TIFF (jpeg), which changes class ids"),
     ],
 )
 def test_bad_masks_are_named(root, damage, message):
@@ -156,6 +172,43 @@ def test_cmyk_image_becomes_rgb(root):
     assert pixels[0, 0, 0] > 200 > 50 > pixels[0, 0, 1]
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_of_grey_keep_their_high_byte(root, suffix):
+    """As Pillow reads 16 bits of colour; its own conversion of grey would make everything above 255 white."""
+    (root / "images" / "train3.png").unlink()
+    ramp = np.arange(24 * 20, dtype=np.uint16).reshape(20, 24) * 136
+    Image.fromarray(ramp).save(root / "images" / f"train3.{suffix}")
+    pixels, _ = build(root).train.source.read(3)
+    assert pixels.dtype == np.uint8 and pixels.shape == (20, 24, 3)
+    assert (pixels == (ramp // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+@pytest.mark.parametrize("decode", [False, True])
+def test_images_of_numbers_without_a_range_are_refused(root, kind, mode, decode):
+    (root / "images" / "train3.png").unlink()
+    Image.fromarray(np.full((20, 24), 0.5).astype(kind)).save(root / "images" / "train3.tif")
+    with pytest.raises(UserError, match=rf"image .*train3.tif has the mode '{mode}'"):
+        build(root)
+    (problem,) = files.inspect([(str(root / "images/train3.tif"), str(root / "masks/train3.png"))], VALUES, decode)
+    assert "train3.tif has the mode" in problem[1]
+
+
+def test_12_bits_in_a_tiff_are_refused(root):
+    """Pillow spreads them over 16 bits without scaling, so that white would be dark grey."""
+    (root / "images" / "train3.png").unlink()
+    path = root / "images" / "train3.tif"
+    Image.fromarray(np.zeros((20, 24), dtype=np.uint16)).save(path, tiffinfo={270: "12 bits"})
+    raw = path.read_bytes()
+    with Image.open(path) as image:
+        assert image.tag_v2[258] == (16,)
+    entry = struct.pack("<HHIH", 258, 3, 1, 16)
+    assert raw.count(entry) == 1
+    path.write_bytes(raw.replace(entry, struct.pack("<HHIH", 258, 3, 1, 12)))
+    with pytest.raises(UserError, match=r"train3.tif has 12 bits a channel"):
+        build(root)
+
+
 @pytest.mark.parametrize("stored", [(24, 20), (20, 24)])
 def test_exif_orientation_counts_only_where_the_mask_is_turned(root, stored):
     (root / "images" / "train3.png").unlink()
@@ -195,6 +248,17 @@ def test_every_bad_line_of_a_split_is_said(root):
     opts = options(root)
     problems = dataset.check_data(opts, dataset.load_task(opts, 0))
     assert [problem.split("entry ")[1][0] for problem in problems] == list("2345678")
+
+
+def test_a_byte_order_mark_is_read_away(root):
+    """Editors of Windows write one in front of UTF-8."""
+    for name in ("classes.txt", "splits/train.txt", "task.json"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    data = build(root)
+    assert "train0" in data.train.files(0)[0]
+    opts = options(root)
+    assert dataset.class_names(opts)[0] == "background"
+    assert dataset.load_task(opts, 0).steps == ((0, 2, 1), (4,), (3,))
 
 
 def test_a_pipe_is_no_split(root):
