@@ -1,4 +1,4 @@
-"""Every option of the program, in groups: the 130 official flags (same spelling, type, default, choices), and ours.
+"""The command line: the options that every method shares, and those that the parts of methods bring.
 
     python run.py --help              all options
     python run.py --list_methods      the methods and what their presets set
@@ -6,13 +6,13 @@
 
 A method's preset replaces defaults, never what stands on the command line. Odd official spellings (`--mmm`, `--dis`, …)
 are stored under names that say what they are and have a readable alias. Which official flags do something is written
-in utils/options/flags.py, which combinations cannot work in utils/options/checks.py.
+in utils/options/flags.py. Values and combinations that cannot work are written as `Rules`, in utils/options/checks.py for
+the options of this file and in each part for its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -24,31 +24,24 @@ from dataset import DATASETS, load_task, tasks
 from utils.errors import UserError
 from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import Rules
 from utils.options.spelling import AnyCase, Parser, show_defaults
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
+#: Groups of `--help` that the parts of methods fill, in their order; further ones of theirs come behind.
+PART_GROUPS = (
+    "classification loss",
+    "distillation of outputs",
+    "regularisation of weights",
+    "pseudo-labels",
+    "distillation of features (POD)",
+    "layer-specific distillation (LSKD)",
+    "classifier",
+)
 RATES = (
     "learning rates: one for all steps, or one for each of --step; else the first for step 0, the last for later ones"
 )
-POD_TAPS = ("pod", "pod", "md", "md", "md+mcd", "md")
-
-
-def loads(text: str) -> dict[str, Any]:
-    """The JSON object of `--pod_options`; anything else is an error of the command line."""
-    if text.count("[") + text.count("{") > 100:
-        raise argparse.ArgumentTypeError("it is nested more than 100 times; is it another text?")
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not valid JSON ({error}); quote it for the shell") from None
-    if value is not None and not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text[:80]!r} is not a JSON object such as {{"switch": {{"after": {{}}}}}}')
-    return value
-
-
-def schemes(text: str) -> tuple[str, ...]:
-    """A comma-separated list of distillation schemes, one a tap."""
-    return tuple(part.strip() for part in text.split(","))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,11 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="No option may be abbreviated. Flags marked 'no effect' are accepted for old scripts.",
         allow_abbrev=False,
     )
-    for add_group in (
-        _program, _data, _task, _optimisation, _outputs, _network, _precision, _evaluation, _classification,
-        _output_distillation, _regularisation, _pseudo, _pod, _lskd, _classifier,
-    ):  # fmt: skip
+    for add_group in (_program, _data, _task, _optimisation, _outputs, _network, _precision, _evaluation):
         add_group(parser)
+    for title in PART_GROUPS:
+        option_group(parser, title)
+    add_switch(option_group(parser, "classifier"), "--cosine", help="cosine classifier")
     for part in methods.all_parts():
         part.add_options(parser)
     show_defaults(parser)
@@ -125,13 +118,23 @@ def check(opts: argparse.Namespace) -> None:
     built = list(methods.METHODS)
     if opts.method is not None and opts.method not in built:
         raise UserError(f"--method {opts.method} is not built in this version; choose one of {', '.join(built)}")
-    checks.check_all(opts)
+    checks.check_all(opts, all_rules())
     _check_task(opts)
 
 
 def notes(opts: argparse.Namespace) -> list[str]:
     """What is accepted but does nothing, and what a preset does for this task alone: a line each, after `check`."""
-    return checks.notes(opts)
+    return checks.notes(opts, all_rules())
+
+
+def all_rules() -> list[Rules]:
+    """What is asked of the shared options, and of those of every part."""
+    return [checks.SHARED, *(part.rules for part in methods.all_parts())]
+
+
+def later_options() -> frozenset[str]:
+    """The dests that step 0 does not read."""
+    return frozenset(dest for rules in all_rules() for dest in rules.later)
 
 
 def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -157,14 +160,9 @@ def _check_task(opts: argparse.Namespace) -> None:
         checks.check_class_incremental(opts)
 
 
-def _switch(group: Any, *flags: str, help: str, dest: str | None = None) -> None:
-    """A flag without value, false by default."""
-    group.add_argument(*flags, action="store_true", help=help, **({"dest": dest} if dest else {}))
-
-
 def _program(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("program")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "program")
+    add, switch = group.add_argument, partial(add_switch, group)
     add("--local_rank", "--local-rank", type=int, default=0, help="set by old launchers; LOCAL_RANK wins over it")
     add("--random_seed", type=int, default=42, help="seed of every random choice")
     add(
@@ -178,11 +176,12 @@ def _program(parser: argparse.ArgumentParser) -> None:
     switch("--trial_batch", help="run one batch through forward and backward first: does it fit into the memory?")
     switch("--debug", help="verbose messages")
     add("--code_directory", default=".", help="no effect")
+    add("--yess", type=float, default=1.0, help="no effect")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "data")
+    add, switch = group.add_argument, partial(add_switch, group)
     add("--data_root", type=str, default="data", help="folder of the data sets, see docs/data.md")
     add("--dataset", type=str, default="voc", choices=list(DATASETS), help="shapes is drawn by the program: no files")
     add("--num_classes", type=int, default=None, help="no effect: the data set knows")
@@ -204,8 +203,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 
 def _task(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("task, method and previous step")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "task, method and previous step")
+    add, switch = group.add_argument, partial(add_switch, group)
     names = [*OFFICIAL_METHODS, *(name for name in ("Joint", "LSKD", *methods.METHODS) if name not in OFFICIAL_METHODS)]
     add("--method", type=str, default=None, choices=AnyCase(list(dict.fromkeys(names))), help="preset; none: FT")
     add(
@@ -230,8 +229,8 @@ def _task(parser: argparse.ArgumentParser) -> None:
 
 
 def _optimisation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimisation")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "optimisation")
+    add, switch = group.add_argument, partial(add_switch, group)
     add("--epochs", type=int, default=30, help="epochs of each step")
     add("--lr", type=float, default=[0.007], nargs="+", help=RATES)
     add("--lr_old", type=float, default=None, help="factor of the learning rate for the classifiers of earlier steps")
@@ -247,8 +246,8 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
 
 
 def _outputs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("outputs")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "outputs")
+    add, switch = group.add_argument, partial(add_switch, group)
     add("--name", type=str, default="Experiment", help="name of the experiment, part of file names")
     add("--date", type=str, default="", help="date in the names of results; empty: today")
     add("--results", default="results", help="folder of the CSV and JSON results")
@@ -263,8 +262,8 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _network(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("network")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "network")
+    add, switch = group.add_argument, partial(add_switch, group)
     add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body; mobilenet_v2 is light")
     add("--output_stride", type=int, default=16, choices=[8, 16], help="stride of the body's output")
     switch("--no_pretrained", help="start the body of step 0 from random weights")
@@ -286,8 +285,8 @@ def _network(parser: argparse.ArgumentParser) -> None:
 
 
 def _precision(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("precision and speed")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "precision and speed")
+    add, switch = group.add_argument, partial(add_switch, group)
     levels = ["O0", "O1", "O2", "O3"]
     add("--opt_level", type=str, default="O0", choices=levels, help="O0: float32; O1: mixed precision; O2, O3: as O1")
     add(
@@ -305,8 +304,8 @@ def _precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("evaluation")
-    add, switch = group.add_argument, partial(_switch, group)
+    group = option_group(parser, "evaluation")
+    add, switch = group.add_argument, partial(add_switch, group)
     switch("--test", help="test the step's checkpoint, train nothing")
     add("--val_interval", type=int, default=1, help="epochs between two validations")
     add("--crop_val", action="store_false", help="validate on full images one by one, NOT on centre crops")
@@ -318,136 +317,3 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     switch("--cross_val", help="hold out a fifth of the training images for validation")
     switch("--ignore_test_bg", help="do not count background pixels in tests")
     switch("--dont_predict_bg", help="never predict the background in evaluation")
-
-
-def _classification(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("classification loss")
-    add, switch = group.add_argument, partial(_switch, group)
-    switch("--bce", help="binary cross entropy")
-    switch("--unce", help="unbiased cross entropy: background stands for all old classes (MiB)")
-    switch("--focal_loss", help="focal loss")
-    switch("--focal_loss_new", help="focal loss on new classes only")
-    add("--focal_loss_gamma", type=int, default=2, help="exponent of the focal losses")
-    switch("--nca", help="NCA loss, for a cosine classifier")
-    add("--nca_margin", type=float, default=0.0, help="margin of the NCA loss")
-    switch("--ce_on_new", help="cross entropy on the pixels of new classes only")
-    add("--sample_weights_new", type=float, default=None, help="weight of new-class pixels")
-    add("--entropy_min", type=float, default=0.0, help="factor of entropy minimisation")
-    switch("--entropy_min_mean_pixels", help="entropy minimisation averages over pixels")
-
-
-def _output_distillation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("distillation of outputs")
-    add, switch = group.add_argument, partial(_switch, group)
-    add("--loss_kd", type=float, default=0.0, help="factor of the distillation of outputs")
-    add("--alpha", type=float, default=1.0, help="hardness of the teacher's soft-max in distillation")
-    switch("--unkd", help="unbiased distillation: background stands for all new classes (MiB)")
-    switch("--kd_new", help="distil the outputs of background pixels only")
-    add("--kd_mask", default=None, choices=["oldbackground", "new"], help="pixels whose outputs are distilled")
-    switch("--kd_mask_adaptative_factor", help="scale the masked distillation by the share of its pixels")
-    switch("--kd_scheduling", help="scale the distillation by sqrt(classes / new classes)")
-    add("--temperature", type=float, default=1.0, help="temperature of logits in distillation")
-    add("--temperature_apply", default=None, choices=["all", "new", "old"], help="logits that the temperature divides")
-    add("--temperature_semiold", type=float, default=1.0, help="temperature of classes learned after step 0 (--exkd_*)")
-    switch("--kd_bce_sig", help="binary cross entropy of sigmoids")
-    add("--kd_bce_sig_shape", default="trim", choices=["trim", "sum"], help="new channels are cut, or join background")
-    switch("--exkd_gt", help="excluded distillation, new classes by ground truth")
-    switch("--exkd_sum", help="excluded distillation, new classes summed")
-    add("--loss_de", type=float, default=0.0, help="factor of the distillation of the body's output (ILT)")
-    switch("--icarl", help="distillation and classification by sigmoids (iCaRL)")
-    add("--icarl_importance", type=float, default=1.0, help="factor of iCaRL's distillation")
-    switch("--icarl_disjoint", help="iCaRL: sum of two losses on separate classes, not a combined one")
-    switch("--icarl_bkg", help="iCaRL: background is a new class too")
-
-
-def _regularisation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("regularisation of weights")
-    add, switch = group.add_argument, partial(_switch, group)
-    add("--regularizer", type=str, default=None, choices=["ewc", "rw", "pi"], help="penalty on changed weights")
-    add("--reg_importance", type=float, default=1.0, help="factor of the penalty")
-    add("--reg_alpha", type=float, default=0.9, help="moving average of the Fisher information (ewc, rw)")
-    switch("--reg_no_normalize", help="do not scale the importances to 0..1")
-    add("--reg_iterations", type=int, default=10, help="iterations between two updates of the score (rw)")
-
-
-def _pseudo(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pseudo-labels")
-    add, switch = group.add_argument, partial(_switch, group)
-    add("--pseudo", type=str, default=None, help="naive, confidence, threshold_X (0 <= X <= 1), median or entropy")
-    add("--threshold", type=float, default=0.9, help="least entropy threshold, or greatest probability threshold")
-    add("--step_threshold", type=float, default=None, help="added to the threshold with every step")
-    add("--pseudo_nb_bins", type=int, default=None, help="bins of the histogram; none: 100 for entropy, 20 for median")
-    add("--median", default="released", choices=["released", "exact"], help="read-out of the median from the histogram")
-    switch("--classif_adaptive_factor", help="scale the classification by the share of valid pseudo-labels")
-    add("--classif_adaptive_min_factor", type=float, default=0.0, help="least such factor")
-    switch("--ce_on_pseudo", help="cross entropy on pseudo-labels, unbiased cross entropy elsewhere")
-    soft = ["soft_certain", "soft_uncertain"]
-    add("--pseudo_soft", type=str, default=None, choices=soft, help="soft labels on certain, or on uncertain, pixels")
-    add("--pseudo_soft_factor", type=float, default=1.0, help="factor of the loss of soft labels")
-    add(
-        "--soft_loss",
-        default="released",
-        choices=["released", "mended"],
-        help="soft labels: as released, where teacher and student have changed places, or a cross entropy",
-    )
-    errors = ["corrected_errors", "removed_errors"]
-    add("--pseudo_ablation", default=None, choices=errors, help="ablation: mend or drop wrong pseudo-labels")
-
-
-def _pod(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("distillation of features (POD)")
-    add, switch = group.add_argument, partial(_switch, group)
-    add("--pod", type=str, default=None, choices=["spatial", "local", "global"], help="pooling of the features")
-    add("--pod_factor", type=float, default=5.0, help="factor of the distillation")
-    add("--pod_options", type=loads, default=None, help='JSON: {"switch": {"before": {...}, "after": {...}}}')
-    add("--pod_prepro", type=str, default="pow", help="applied to features first: pow, none, abs or relu")
-    switch("--no_pod_schedule", help="no factor sqrt(classes / new classes)")
-    add("--pod_apply", type=str, default="all", choices=["all", "backbone", "deeplab"], help="taps that are distilled")
-    switch("--pod_deeplab_mask", help="mask the head's features by the pixels of old classes")
-    add("--pod_deeplab_mask_factor", type=float, default=None, help="factor of the masked features")
-    switch("--deeplab_mask_downscale", help="shrink the mask to the features, not the features' images to the mask")
-    switch("--pod_interpolate_last", help="interpolate the last tap to the size of the others")
-    switch("--pod_logits", help="also distil the small logits")
-    switch("--pod_large_logits", help="also distil the full-size logits")
-    add("--spp_scales", type=int, default=[1, 2, 4], nargs="+", help="scales of local POD: cells a side")
-
-
-def _lskd(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("layer-specific distillation (LSKD)")
-    add = group.add_argument
-    add("--tap_schemes", type=schemes, default=POD_TAPS, help="six of none, pod, md, mcd, md+mcd, one for each tap")
-    add("--aaaaaa", "--mcd_factor", dest="mcd_factor", type=float, default=0.9, help="factor of context distillation")
-    add(
-        "--mmm",
-        "--mcd_groups",
-        dest="mcd_groups",
-        type=int,
-        default=12,
-        help="groups of channels in context distillation",
-    )
-    add("--ppp", "--ce_factor", dest="ce_factor", type=float, default=1.0, help="factor of the cross entropy")
-    distances = ["L1_mean", "mean_L1", "L2", "cos"]
-    add("--dis", "--mask_distance", dest="mask_distance", default=None, choices=distances, help="distance of the masks")
-    rules = ["old", "newnone", "none", "gt", "whc"]
-    add("--sigmoid", "--mask_rule", dest="mask_rule", default=None, choices=rules, help="how distances become masks")
-    add("--channel_rule", default="released", choices=["released", "mended"], help="inequalities of whc's channel mask")
-    for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
-        names = (f"--adaptive{letter}", f"--rge_{letter}")
-        add(*names, dest=f"rge_{letter}", type=float, default=0.5, help=f"gradient equilibrium: {what}")
-    add("--yess", type=float, default=1.0, help="no effect")
-
-
-def _classifier(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("classifier")
-    add, switch = group.add_argument, partial(_switch, group)
-    switch("--init_balanced", help="new classifiers start from the background's (MiB)")
-    switch("--cosine", help="cosine classifier")
-    add("--nb_background_modes", type=int, default=1, help="background channels of the first classifier")
-    modes = ["max", "softmax", "max_init", "softmax_init", "softmax_remove", "max_remove"]
-    add("--init_multimodal", type=str, default=None, choices=modes, help="how background modes start new classifiers")
-    add(
-        "--multimodal_fusion", type=str, default="sum", help="background modes become one by: sum, mean, max or softmax"
-    )
-    add("--align_weight", default=None, choices=["old", "background", "all"], help="weights whose norms are aligned")
-    often = ["never", "epoch", "task"]
-    add("--align_weight_frequency", default="never", choices=often, help="after each validation, or for the test only")

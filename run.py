@@ -151,10 +151,9 @@ def announce(opts: Namespace, device: torch.device) -> None:
 
 
 def options_of_step(opts: Namespace, task: Task) -> Namespace:
-    """The options as this step sees them: its learning rate and its pseudo-label threshold."""
+    """The options as this step sees them: its learning rate."""
     opts = copy.copy(opts)
     opts.lr_of_step = scheduler.rate_of_step(opts.lr, opts.step, task.step)
-    opts.threshold_of_step = opts.threshold + task.step * (opts.step_threshold or 0.0)
     return opts
 
 

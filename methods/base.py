@@ -45,9 +45,10 @@ from torch import Tensor, nn
 from dataset.base import SegmentationSet
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.part_types import Previous, Rules
+from methods.part_types import Previous
 from segmentation_module import SegmentationModel
 from utils.balance.equilibrium import Balancer, Sum, TermSpec
+from utils.options.rules import Rules
 from utils.runtime import distributed
 from utils.types import Batch
 
@@ -72,7 +73,7 @@ class Part:
     state_key: ClassVar[str] = ""
     #: What `init_classifier`, `begin_step` and `end_step` read images for: each purpose has random crops of its own.
     purpose: ClassVar[str] = "statistics"
-    #: Ranges of its options, and which options exclude or need each other.
+    #: Ranges of its options, which options exclude or need each other, and which of them step 0 does not read.
     rules: ClassVar[Rules] = Rules()
 
     def __init__(self, opts: Namespace, task: Task):
@@ -81,7 +82,7 @@ class Part:
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Add the part's own options to the command line."""
+        """Add the part's own options to the command line, in a group of `--help` (`utils.options.groups.option_group`)."""
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -6,7 +6,7 @@ regularizer   --reg_importance · Σ importance · (p − p_old)², part of the 
 from __future__ import annotations
 
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part, Previous
+from methods.base import Method, Part, Previous, Rules
 from methods.regularizer import REGULARIZERS
 from segmentation_module import SegmentationModel
 from utils.checkpointing import structure
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import LARGE
 from utils.runtime import distributed
 from utils.types import Batch
 
@@ -26,6 +28,27 @@ class WeightPenalty(Part):
     """Measures importance at every step, step 0 included, and penalises moving what was important before."""
 
     state_key = "regularizer"
+    rules = Rules(
+        ranges={"reg_importance": (0, LARGE), "reg_alpha": (0, 1), "reg_iterations": (1, LARGE)},
+        idle=[
+            ("--regularizer", lambda o: o.regularizer is not None, ["reg_importance", "reg_no_normalize"]),
+            ("--regularizer ewc or rw", lambda o: o.regularizer in ("ewc", "rw"), ["reg_alpha"]),
+            ("--regularizer rw", lambda o: o.regularizer == "rw", ["reg_iterations"]),
+        ],
+        later=["reg_importance", "reg_no_normalize"],  # step 0 measures the importance, later steps weigh it
+        for_later=["regularizer"],
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """How importance is measured, and the factor of the penalty."""
+        group = option_group(parser, "regularisation of weights")
+        add = group.add_argument
+        add("--regularizer", type=str, default=None, choices=["ewc", "rw", "pi"], help="penalty on changed weights")
+        add("--reg_importance", type=float, default=1.0, help="factor of the penalty")
+        add("--reg_alpha", type=float, default=0.9, help="moving average of the Fisher information (ewc, rw)")
+        add_switch(group, "--reg_no_normalize", help="do not scale the importances to 0..1")
+        add("--reg_iterations", type=int, default=10, help="iterations between two updates of the score (rw)")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -7,7 +7,7 @@ entropy   --entropy_min: the student's own entropy on background pixels
 from __future__ import annotations
 
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part, Previous
+from methods.base import Method, Part, Previous, Rules
+from modules.classifier import FUSIONS
 from segmentation_module import SegmentationModel
 from utils import loss, pseudo
 from utils.balance.equilibrium import TermSpec
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import LARGE
 from utils.runtime import distributed
 from utils.types import IGNORE, Batch
 
@@ -30,9 +33,45 @@ class Classification(Part):
     iCaRL's disjoint loss replaces it altogether (methods/lwf_mc.py).
     """
 
+    rules = Rules(
+        ranges={
+            "focal_loss_gamma": (0, 100),
+            "nca_margin": (-LARGE, LARGE),
+            "sample_weights_new": (0, LARGE),
+            "ce_factor": (0, LARGE),
+        },
+        one_of=[
+            (["bce", "unce", "focal_loss", "focal_loss_new"], "the classification loss"),
+            (["bce", "nca", "focal_loss", "focal_loss_new"], "the classification loss"),
+        ],
+        requires=[("nca", "--cosine", lambda o: o.cosine)],
+        idle=[
+            ("--focal_loss or --focal_loss_new", lambda o: o.focal_loss or o.focal_loss_new, ["focal_loss_gamma"]),
+            ("--nca", lambda o: o.nca, ["nca_margin"]),
+        ],
+        later=["unce", "focal_loss_new"],
+        classes_only={"ce_on_new": bool, "sample_weights_new": lambda weight: weight is not None},
+    )
+
     def __init__(self, opts: Namespace, task: Task):
         super().__init__(opts, task)
         self.cosine_scale: Tensor | float = 1.0
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Kinds of classification losses."""
+        group = option_group(parser, "classification loss")
+        add_switch(group, "--bce", help="binary cross entropy")
+        add_switch(group, "--unce", help="unbiased cross entropy: background stands for all old classes (MiB)")
+        add_switch(group, "--focal_loss", help="focal loss")
+        add_switch(group, "--focal_loss_new", help="focal loss on new classes only")
+        group.add_argument("--focal_loss_gamma", type=int, default=2, help="exponent of the focal losses")
+        add_switch(group, "--nca", help="NCA loss, for a cosine classifier")
+        group.add_argument("--nca_margin", type=float, default=0.0, help="margin of the NCA loss")
+        add_switch(group, "--ce_on_new", help="cross entropy on the pixels of new classes only")
+        group.add_argument("--sample_weights_new", type=float, default=None, help="weight of new-class pixels")
+        names = ("--ppp", "--ce_factor")
+        group.add_argument(*names, dest="ce_factor", type=float, default=1.0, help="factor of the cross entropy")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
@@ -99,6 +138,20 @@ class Classification(Part):
 class EntropyMinimisation(Part):
     """Confident predictions on background pixels."""
 
+    rules = Rules(
+        ranges={"entropy_min": (0, LARGE)},
+        idle=[("--entropy_min above 0", lambda o: o.entropy_min > 0, ["entropy_min_mean_pixels"])],
+        later=["entropy_min", "entropy_min_mean_pixels"],
+        classes_only={"entropy_min": bool},
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Its factor, and over what it averages."""
+        group = option_group(parser, "classification loss")
+        group.add_argument("--entropy_min", type=float, default=0.0, help="factor of entropy minimisation")
+        add_switch(group, "--entropy_min_mean_pixels", help="entropy minimisation averages over pixels")
+
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """From step 1 on, with --entropy_min."""
@@ -121,6 +174,37 @@ class WeightAlignment(Part):
         is PLOP's choice: "task" aligns the reloaded weights before the last test, and the checkpoint is not aligned.
     """
 
+    rules = Rules(
+        requires=[
+            (
+                "align_weight",
+                "--align_weight_frequency epoch or task",
+                lambda o: o.align_weight_frequency != "never",
+            ),
+            (
+                "align_weight_frequency",
+                "--align_weight",
+                lambda o: o.align_weight is not None or o.align_weight_frequency == "never",
+            ),
+        ],
+        later=["align_weight", "align_weight_frequency"],
+        classes_only={"align_weight": bool},
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Which weights, and when."""
+        add = option_group(parser, "classifier").add_argument
+        what = ["old", "background", "all"]
+        add("--align_weight", default=None, choices=what, help="weights whose norms are aligned")
+        often = ["never", "epoch", "task"]
+        add(
+            "--align_weight_frequency",
+            default="never",
+            choices=often,
+            help="after each validation, or for the test only",
+        )
+
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """From step 1 on, with --align_weight."""
@@ -141,6 +225,39 @@ class BackgroundModes(Part):
     """Start the new classes from the background modes that respond to them (--init_multimodal)."""
 
     purpose = "initialisation"
+    rules = Rules(
+        ranges={"nb_background_modes": (1, 1000)},
+        choices={"multimodal_fusion": tuple(FUSIONS)},
+        exclusive=[
+            (
+                "--cosine",
+                lambda o: o.cosine,
+                "--nb_background_modes {nb_background_modes} (a cosine classifier has one background)",
+                lambda o: o.nb_background_modes > 1,
+            )
+        ],
+        requires=[("init_multimodal", "--nb_background_modes above 1", lambda o: o.nb_background_modes > 1)],
+        idle=[
+            ("--nb_background_modes above 1", lambda o: o.nb_background_modes > 1, ["multimodal_fusion"]),
+            ("no --init_balanced, which wins", lambda o: not o.init_balanced, ["init_multimodal"]),
+        ],
+        later=["init_multimodal"],
+        classes_only={"nb_background_modes": lambda modes: modes > 1},
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """How many modes, how they become one, and how they start new classes."""
+        add = option_group(parser, "classifier").add_argument
+        add("--nb_background_modes", type=int, default=1, help="background channels of the first classifier")
+        modes = ["max", "softmax", "max_init", "softmax_init", "softmax_remove", "max_remove"]
+        add("--init_multimodal", type=str, default=None, choices=modes, help="how modes start new classifiers")
+        add(
+            "--multimodal_fusion",
+            type=str,
+            default="sum",
+            help="background modes become one by: sum, mean, max or softmax",
+        )
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

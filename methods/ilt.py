@@ -6,14 +6,16 @@ body   --loss_de · MSE(body of the student, body of the teacher)
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from torch import Tensor
 
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from utils import distillation
 from utils.balance.equilibrium import TermSpec
+from utils.options.groups import option_group
+from utils.options.rules import LARGE
 from utils.types import Batch
 
 
@@ -21,6 +23,13 @@ class BodyDistillation(Part):
     """Keep the features of the last residual stage."""
 
     needs_teacher = True
+    rules = Rules(ranges={"loss_de": (0, LARGE)}, later=["loss_de"])
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Its factor."""
+        add = option_group(parser, "distillation of outputs").add_argument
+        add("--loss_de", type=float, default=0.0, help="factor of the distillation of the body's output (ILT)")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -19,19 +19,22 @@ differently from its text is said where it is computed.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from methods.plop import PLOP, pod_options
-from segmentation_module import SegmentationModel
+from segmentation_module import HEAD_CHANNELS, SegmentationModel
 from utils import loss, masks
 from utils.balance.equilibrium import Balancer, Coefficients, GradientEquilibrium, TermSpec
 from utils.errors import UserError
+from utils.options.groups import option_group
+from utils.options.rules import LARGE
 from utils.pod import terms as pod
 from utils.types import TAP_NAMES, Batch
 
@@ -46,10 +49,93 @@ LAST_TAP = len(TAP_NAMES) - 1
 SHALLOW = TAP_NAMES[:3]
 
 
+#: What `--tap_schemes` may give a tap, and the published choice.
+SCHEMES = ("none", "pod", "md", "mcd", "md+mcd")
+PUBLISHED_SCHEMES = ("pod", "pod", "md", "md", "md+mcd", "md")
+
+
+def schemes(text: str) -> tuple[str, ...]:
+    """A comma-separated list of distillation schemes, one a tap."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def check_masks(opts: Namespace) -> None:
+    """Refuse schemes that do not exist, a rule and a distance that do not fit, and other options that decide about taps.
+
+    Raises:
+        UserError: names the option, its value and the remedy.
+    """
+    if wrong := [scheme for scheme in opts.tap_schemes if scheme not in SCHEMES]:
+        raise UserError(f"--tap_schemes: {wrong[0][:80]!r} is no scheme; choose among {', '.join(SCHEMES)}")
+    if len(opts.tap_schemes) != len(TAP_NAMES):
+        raise UserError(
+            f"--tap_schemes names {len(opts.tap_schemes)} schemes; give six: stages 1 to 4, pre_logits and logits"
+        )
+    masks.check_rule(opts.mask_rule, opts.mask_distance)
+    if opts.mask_rule is None:
+        return
+    masked = f"--mask_rule {opts.mask_rule} (--sigmoid)"
+    if opts.pod_apply != "all":
+        raise UserError(
+            f"{masked} and --pod_apply {opts.pod_apply} exclude each other; name the taps with --tap_schemes "
+            "(none leaves a tap out)"
+        )
+    for dest in ("pod_deeplab_mask", "pod_large_logits"):
+        if getattr(opts, dest):
+            raise UserError(
+                f"{masked} and --{dest} exclude each other: LSKD has masks and taps of its own; leave one out"
+            )
+
+
 class LayerSpecificDistillation(Part):
     """LSKD's feature terms and its balance."""
 
     needs_teacher = True
+    rules = Rules(
+        ranges={
+            "mcd_factor": (0, LARGE),
+            "mcd_groups": (1, HEAD_CHANNELS),
+            "rge_alpha": (0, LARGE),
+            "rge_beta": (0, LARGE),
+            "rge_gamma": (0, LARGE),
+        },
+        requires=[("mask_rule", "--pod local", lambda o: o.pod == "local")],
+        idle=[
+            (
+                "--mask_rule (--sigmoid)",
+                lambda o: o.mask_rule is not None,
+                ["mcd_factor", "mcd_groups", "rge_alpha", "rge_beta", "rge_gamma", "tap_schemes"],
+            ),
+            ("--mask_rule whc", lambda o: o.mask_rule == "whc", ["channel_rule"]),
+        ],
+        later=[
+            *("tap_schemes", "mcd_factor", "mcd_groups", "mask_distance", "mask_rule", "channel_rule"),
+            *("rge_alpha", "rge_beta", "rge_gamma"),
+        ],
+        check=check_masks,
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """What each tap gets, the factors, the masks and the balance; the official names are the odd ones."""
+        add = option_group(parser, "layer-specific distillation (LSKD)").add_argument
+
+        def named(official: str, readable: str, **rest: Any) -> None:
+            add(f"--{official}", f"--{readable}", dest=readable, **rest)
+
+        kinds = "six of none, pod, md, mcd, md+mcd, one for each tap"
+        add("--tap_schemes", type=schemes, default=PUBLISHED_SCHEMES, help=kinds)
+        named("aaaaaa", "mcd_factor", type=float, default=0.9, help="factor of context distillation")
+        named("mmm", "mcd_groups", type=int, default=12, help="groups of channels in context distillation")
+        distances = ["L1_mean", "mean_L1", "L2", "cos"]
+        named("dis", "mask_distance", default=None, choices=distances, help="distance of the masks")
+        rules = ["old", "newnone", "none", "gt", "whc"]
+        named("sigmoid", "mask_rule", default=None, choices=rules, help="how distances become masks")
+        answers = ["released", "mended"]
+        add("--channel_rule", default="released", choices=answers, help="inequalities of whc's channel mask")
+        for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
+            explained = f"gradient equilibrium: {what}"
+            named(f"adaptive{letter}", f"rge_{letter}", type=float, default=0.5, help=explained)
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -10,15 +10,18 @@ kd   --loss_kd · distillation(student, teacher), one of
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from torch import Tensor
 
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from methods.ft import class_growth
 from utils import distillation
 from utils.balance.equilibrium import TermSpec
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import LARGE
 from utils.types import Batch
 
 
@@ -26,6 +29,72 @@ class OutputDistillation(Part):
     """Keep the student's outputs close to the teacher's."""
 
     needs_teacher = True
+    rules = Rules(
+        ranges={"loss_kd": (0, LARGE)},
+        positive={"alpha": LARGE, "temperature": LARGE, "temperature_semiold": LARGE},
+        one_of=[
+            (["unkd", "kd_bce_sig", "exkd_gt", "exkd_sum", "icarl"], "the distillation of outputs"),
+            (["kd_new", "kd_mask"], "the pixels of the distillation"),
+        ],
+        idle=[
+            (
+                "--loss_kd above 0",
+                lambda o: o.loss_kd > 0,
+                [
+                    "unkd",
+                    "kd_bce_sig",
+                    "exkd_gt",
+                    "exkd_sum",
+                    "kd_new",
+                    "kd_mask",
+                    "kd_scheduling",
+                    "temperature_apply",
+                ],
+            ),
+            ("--kd_mask", lambda o: o.kd_mask is not None, ["kd_mask_adaptative_factor"]),
+            ("--kd_bce_sig", lambda o: o.kd_bce_sig, ["kd_bce_sig_shape"]),
+            ("--exkd_gt or --exkd_sum", lambda o: o.exkd_gt or o.exkd_sum, ["temperature_semiold"]),
+            ("--temperature_apply", lambda o: o.temperature_apply is not None, ["temperature"]),
+            (
+                "--focal_loss, --focal_loss_new, or --loss_kd without --exkd_*",
+                lambda o: o.focal_loss or o.focal_loss_new or (o.loss_kd > 0 and not (o.exkd_gt or o.exkd_sum)),
+                ["alpha"],
+            ),
+        ],
+        later=[
+            *("loss_kd", "unkd", "kd_new", "kd_mask", "kd_mask_adaptative_factor", "kd_scheduling"),
+            *("temperature", "temperature_apply", "temperature_semiold"),
+            *("kd_bce_sig", "kd_bce_sig_shape", "exkd_gt", "exkd_sum"),
+        ],
+        classes_only={
+            "kd_new": bool,
+            "kd_mask": lambda pixels: pixels == "new",
+            "temperature_apply": lambda logits: logits == "new",
+        },
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Kinds of distillation, their pixels and temperatures."""
+        group = option_group(parser, "distillation of outputs")
+        add, switch = group.add_argument, partial(add_switch, group)
+        add("--loss_kd", type=float, default=0.0, help="factor of the distillation of outputs")
+        add("--alpha", type=float, default=1.0, help="hardness of the teacher's soft-max in distillation")
+        switch("--unkd", help="unbiased distillation: background stands for all new classes (MiB)")
+        switch("--kd_new", help="distil the outputs of background pixels only")
+        add("--kd_mask", default=None, choices=["oldbackground", "new"], help="pixels whose outputs are distilled")
+        switch("--kd_mask_adaptative_factor", help="scale the masked distillation by the share of its pixels")
+        switch("--kd_scheduling", help="scale the distillation by sqrt(classes / new classes)")
+        add("--temperature", type=float, default=1.0, help="temperature of logits in distillation")
+        kinds = ["all", "new", "old"]
+        add("--temperature_apply", default=None, choices=kinds, help="logits that the temperature divides")
+        semi_old = "temperature of classes learned after step 0 (--exkd_*)"
+        add("--temperature_semiold", type=float, default=1.0, help=semi_old)
+        switch("--kd_bce_sig", help="binary cross entropy of sigmoids")
+        shapes = ["trim", "sum"]
+        add("--kd_bce_sig_shape", default="trim", choices=shapes, help="new channels are cut, or join background")
+        switch("--exkd_gt", help="excluded distillation, new classes by ground truth")
+        switch("--exkd_sum", help="excluded distillation, new classes summed")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -6,14 +6,16 @@ combined (default)      ce: binary cross entropy; icarl: --icarl_importance · C
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from torch import Tensor
 
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from utils import distillation
 from utils.balance.equilibrium import TermSpec
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import LARGE
 from utils.types import Batch
 
 
@@ -21,6 +23,30 @@ class ICarl(Part):
     """iCaRL's distillation by sigmoids."""
 
     needs_teacher = True
+    rules = Rules(
+        ranges={"icarl_importance": (0, LARGE)},
+        one_of=[
+            (["icarl", "unce", "focal_loss", "focal_loss_new"], "the classification loss"),
+            (["icarl", "nca"], "the classification loss"),
+        ],
+        idle=[
+            ("--icarl", lambda o: o.icarl, ["icarl_disjoint"]),
+            ("--icarl --icarl_disjoint", lambda o: o.icarl and o.icarl_disjoint, ["icarl_bkg"]),
+            ("--icarl without --icarl_disjoint", lambda o: o.icarl and not o.icarl_disjoint, ["icarl_importance"]),
+        ],
+        later=["icarl_importance", "icarl_disjoint", "icarl_bkg"],
+        for_later=["icarl"],
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The two variants of the loss."""
+        group = option_group(parser, "distillation of outputs")
+        add_switch(group, "--icarl", help="distillation and classification by sigmoids (iCaRL)")
+        group.add_argument("--icarl_importance", type=float, default=1.0, help="factor of iCaRL's distillation")
+        disjoint = "iCaRL: sum of two losses on separate classes, not a combined one"
+        add_switch(group, "--icarl_disjoint", help=disjoint)
+        add_switch(group, "--icarl_bkg", help="iCaRL: background is a new class too")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -10,15 +10,16 @@ give --loss_kd 100.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import torch
 from torch import nn
 
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from segmentation_module import SegmentationModel
+from utils.options.groups import add_switch, option_group
 
 
 class BalancedInitialisation(Part):
@@ -26,6 +27,14 @@ class BalancedInitialisation(Part):
 
     Reference: MiB (Cermelli et al., CVPR 2020), section 3.3.
     """
+
+    rules = Rules(later=["init_balanced"])
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The switch."""
+        switched = "new classifiers start from the background's (MiB)"
+        add_switch(option_group(parser, "classifier"), "--init_balanced", help=switched)
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

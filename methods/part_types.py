@@ -1,9 +1,8 @@
-"""What a part is given and what it declares: the state of step t−1, and the rules of its options."""
+"""What a part is given: the state of step t−1."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,17 +48,3 @@ class Previous(NamedTuple):
             states |= found
         own = states.get(state_key) if state_key else None
         return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
-
-
-class Rules(NamedTuple):
-    """What the command line may ask of a part; `argparser.check` reads the rules of all parts.
-
-    Attributes:
-        ranges: least and greatest value by dest, both inclusive.
-        exclusive: pairs of (sentence for the first option, whether it is given, the same for the second); both given is refused.
-        requires: (dest, sentence for what it needs, whether that is given); a given dest without it is refused.
-    """
-
-    ranges: Mapping[str, tuple[float, float]] = {}
-    exclusive: Sequence[tuple[str, Callable[[Namespace], bool], str, Callable[[Namespace], bool]]] = ()
-    requires: Sequence[tuple[str, str, Callable[[Namespace], bool]]] = ()

@@ -8,7 +8,8 @@ pod             mean over taps of factor · ‖pooled(a²) − pooled(b²)‖ ·
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.base import Method, Part
+from methods.base import Method, Part, Rules
 from methods.ft import class_growth
 from utils import pseudo
 from utils.checkpointing import structure
+from utils.errors import UserError
+from utils.options.groups import add_switch, option_group
+from utils.options.rules import LARGE
 from utils.pod import terms as pod
-from utils.pod.options import PodOptions, TapOptions
+from utils.pod.distance import PREPROCESS
+from utils.pod.options import PodOptions, TapOptions, loads
 from utils.runtime import distributed
 from utils.types import Batch
 
@@ -32,6 +37,74 @@ class PseudoLabels(Part):
     needs_teacher = True
     state_key = "pseudo_labels"
     purpose = "thresholds"
+    rules = Rules(
+        ranges={
+            "threshold": (0, 1),
+            "step_threshold": (-1, 1),
+            "pseudo_nb_bins": (1, 10**6),
+            "classif_adaptive_min_factor": (0, 1),
+            "pseudo_soft_factor": (0, LARGE),
+        },
+        one_of=[
+            (["pseudo_soft", "bce", "unce", "focal_loss", "focal_loss_new"], "the classification loss"),
+            (["pseudo_soft", "nca"], "the classification loss"),
+            (["pseudo_soft", "icarl"], "the classification loss"),
+            (["pseudo_soft", "ce_on_pseudo", "ce_on_new"], "the pixels of the cross entropy"),
+        ],
+        requires=[
+            (dest, "--pseudo entropy", lambda o: o.pseudo == "entropy")
+            for dest in ("ce_on_pseudo", "pseudo_soft", "pseudo_ablation")
+        ],
+        idle=[
+            ("--pseudo entropy", lambda o: o.pseudo == "entropy", ["classif_adaptive_factor"]),
+            ("--classif_adaptive_factor", lambda o: o.classif_adaptive_factor, ["classif_adaptive_min_factor"]),
+            (
+                "--pseudo entropy or median",
+                lambda o: o.pseudo in pseudo.MEASURES,
+                ["threshold", "step_threshold", "pseudo_nb_bins", "median"],
+            ),
+            ("--pseudo_soft", lambda o: o.pseudo_soft is not None, ["pseudo_soft_factor", "soft_loss"]),
+            (
+                "--data_masking current+old",
+                lambda o: o.data_masking == "current+old" or o.no_mask,
+                ["pseudo_ablation"],
+            ),
+        ],
+        later=[
+            *("pseudo", "threshold", "step_threshold", "pseudo_nb_bins", "median", "ce_on_pseudo"),
+            *("classif_adaptive_factor", "classif_adaptive_min_factor"),
+            *("pseudo_soft", "pseudo_soft_factor", "soft_loss", "pseudo_ablation"),
+        ],
+        nothing_at_step_0={"pseudo": "has nothing to label at step 0: there is no earlier model"},
+        classes_only={"pseudo": lambda mode: mode is not None},
+        check=lambda o: pseudo.parse_mode(o.pseudo),
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The kind of pseudo-labels, their thresholds, and what the classification loss does with them."""
+        group = option_group(parser, "pseudo-labels")
+        add, switch = group.add_argument, partial(add_switch, group)
+        modes = "naive, confidence, threshold_X (0 <= X <= 1), median or entropy"
+        add("--pseudo", type=str, default=None, help=modes)
+        bounds = "least entropy threshold, or greatest probability threshold"
+        add("--threshold", type=float, default=0.9, help=bounds)
+        add("--step_threshold", type=float, default=None, help="added to the threshold with every step")
+        bins = "bins of the histogram; none: 100 for entropy, 20 for median"
+        add("--pseudo_nb_bins", type=int, default=None, help=bins)
+        ways = ["released", "exact"]
+        add("--median", default="released", choices=ways, help="read-out of the median from the histogram")
+        switch("--classif_adaptive_factor", help="scale the classification by the share of valid pseudo-labels")
+        add("--classif_adaptive_min_factor", type=float, default=0.0, help="least such factor")
+        switch("--ce_on_pseudo", help="cross entropy on pseudo-labels, unbiased cross entropy elsewhere")
+        soft = ["soft_certain", "soft_uncertain"]
+        pixels = "soft labels on certain, or on uncertain, pixels"
+        add("--pseudo_soft", type=str, default=None, choices=soft, help=pixels)
+        add("--pseudo_soft_factor", type=float, default=1.0, help="factor of the loss of soft labels")
+        swapped = "soft labels: as released, where teacher and student have changed places, or a cross entropy"
+        add("--soft_loss", default="released", choices=["released", "mended"], help=swapped)
+        errors = ["corrected_errors", "removed_errors"]
+        add("--pseudo_ablation", default=None, choices=errors, help="ablation: mend or drop wrong pseudo-labels")
 
     def __init__(self, opts: Namespace, task: Task):
         super().__init__(opts, task)
@@ -52,12 +125,13 @@ class PseudoLabels(Part):
         if self.mode not in pseudo.MEASURES:
             return
         opts, task = self.opts, self.task
+        threshold = opts.threshold + task.step * (opts.step_threshold or 0.0)
         medians = pseudo.MedianThresholds(task.num_old, task.num_total, pseudo.MEASURES[self.mode], opts.pseudo_nb_bins)
         weight = next(teacher.parameters())
         for images, labels in loader:
             logits = teacher(images.to(device, weight.dtype, non_blocking=True)).logits
             medians.update(logits, labels.to(device, non_blocking=True))
-        self.thresholds = medians.finish(opts.threshold_of_step, opts.median == "exact", distributed.sum_)
+        self.thresholds = medians.finish(threshold, opts.median == "exact", distributed.sum_)
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
         """Relabel the batch, and weigh its pixels."""
@@ -99,7 +173,7 @@ def pod_options(opts: Namespace) -> PodOptions:
         Checked options.
     """
     default = TapOptions(
-        type=opts.pod, factor=opts.pod_factor, prepro=opts.pod_prepro, spp_scales=tuple(opts.spp_scales)
+        opts.pod or "local", factor=opts.pod_factor, prepro=opts.pod_prepro, spp_scales=tuple(opts.spp_scales)
     )
     return PodOptions.parse(
         opts.pod_options,
@@ -112,10 +186,80 @@ def pod_options(opts: Namespace) -> PodOptions:
     )
 
 
+def check_pod_options(opts: Namespace) -> None:
+    """Refuse a nested `--pod_options` with misspelt keys, which the official program passes over in silence.
+
+    Raises:
+        UserError: an unknown key or value, or a factor below 0.
+    """
+    options = pod_options(opts)
+    for place, taps in (("before", options.before), ("after", options.after)):
+        if not 0 <= taps.factor <= LARGE:
+            raise UserError(
+                f"--pod_options: the factor {taps.factor:.10g} of {place!r} is out of range; give one from 0"
+            )
+
+
 class PodDistillation(Part):
     """Pooled outputs distillation of the taps; LSKD brings its own (methods/lskd.py)."""
 
     needs_teacher = True
+    rules = Rules(
+        ranges={
+            "pod_factor": (0, LARGE),
+            "pod_deeplab_mask_factor": (0, LARGE),
+            "spp_scales": (1, 2**12),
+        },
+        choices={"pod_prepro": tuple(PREPROCESS)},
+        requires=[
+            (dest, "--pod", lambda o: o.pod is not None)
+            for dest in ("pod_logits", "pod_large_logits", "pod_deeplab_mask", "pod_options")
+        ],
+        idle=[
+            (
+                "--pod",
+                lambda o: o.pod is not None,
+                ["pod_factor", "pod_prepro", "pod_apply", "pod_interpolate_last"],
+            ),
+            ("--pod without --mask_rule", lambda o: o.pod is not None and o.mask_rule is None, ["no_pod_schedule"]),
+            ("--pod without --pod_logits", lambda o: not o.pod_logits, ["pod_large_logits"]),
+            ("--pod local or global", lambda o: o.pod in ("local", "global"), ["spp_scales"]),
+            (
+                "--pod_deeplab_mask",
+                lambda o: o.pod_deeplab_mask,
+                ["pod_deeplab_mask_factor", "deeplab_mask_downscale"],
+            ),
+        ],
+        later=[
+            *("pod", "pod_factor", "pod_options", "pod_prepro", "no_pod_schedule", "pod_apply", "spp_scales"),
+            *("pod_deeplab_mask", "pod_deeplab_mask_factor", "deeplab_mask_downscale", "pod_interpolate_last"),
+            *("pod_logits", "pod_large_logits"),
+        ],
+        check=check_pod_options,
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """How taps are pooled and compared, and which taps."""
+        group = option_group(parser, "distillation of features (POD)")
+        add, switch = group.add_argument, partial(add_switch, group)
+        kinds = ["spatial", "local", "global"]
+        add("--pod", type=str, default=None, choices=kinds, help="pooling of the features")
+        add("--pod_factor", type=float, default=5.0, help="factor of the distillation")
+        add("--pod_options", type=loads, default=None, help='JSON: {"switch": {"before": {...}, "after": {...}}}')
+        add("--pod_prepro", type=str, default="pow", help="applied to features first: pow, none, abs or relu")
+        switch("--no_pod_schedule", help="no factor sqrt(classes / new classes)")
+        places = ["all", "backbone", "deeplab"]
+        add("--pod_apply", type=str, default="all", choices=places, help="taps that are distilled")
+        switch("--pod_deeplab_mask", help="mask the head's features by the pixels of old classes")
+        add("--pod_deeplab_mask_factor", type=float, default=None, help="factor of the masked features")
+        shrink = "shrink the mask to the features, not the features' images to the mask"
+        switch("--deeplab_mask_downscale", help=shrink)
+        switch("--pod_interpolate_last", help="interpolate the last tap to the size of the others")
+        switch("--pod_logits", help="also distil the small logits")
+        switch("--pod_large_logits", help="also distil the full-size logits")
+        scales = "scales of local POD: cells a side"
+        add("--spp_scales", type=int, default=[1, 2, 4], nargs="+", help=scales)
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -33,60 +33,6 @@ from utils import scheduler  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.reporting import results  # noqa: E402
 
-#: Options that step 0 does not read. Methods that differ in these alone share a step 0; any other difference, such as a learning rate,
-#: a crop size or a weight of the loss, makes one of its own.
-LATER_OPTIONS = frozenset(
-    # classification and distillation of outputs
-    (
-        "unce",
-        "focal_loss_new",
-        "ce_on_pseudo",
-        "entropy_min",
-        "entropy_min_mean_pixels",
-        "loss_kd",
-        "loss_de",
-        "unkd",
-        "kd_new",
-    )
-    + ("kd_mask", "kd_mask_adaptative_factor", "kd_scheduling", "kd_bce_sig", "kd_bce_sig_shape", "exkd_gt", "exkd_sum")
-    + ("temperature", "temperature_apply", "temperature_semiold", "icarl_importance", "icarl_disjoint", "icarl_bkg")
-    # pseudo-labels
-    + (
-        "pseudo",
-        "threshold",
-        "step_threshold",
-        "median",
-        "pseudo_nb_bins",
-        "pseudo_soft",
-        "pseudo_soft_factor",
-        "soft_loss",
-    )
-    + ("pseudo_ablation", "classif_adaptive_factor", "classif_adaptive_min_factor")
-    # distillation of features
-    + (
-        "pod",
-        "pod_factor",
-        "pod_options",
-        "pod_prepro",
-        "no_pod_schedule",
-        "pod_apply",
-        "pod_deeplab_mask",
-        "spp_scales",
-    )
-    + ("pod_deeplab_mask_factor", "deeplab_mask_downscale", "pod_interpolate_last", "pod_logits", "pod_large_logits")
-    + ("tap_schemes", "mcd_factor", "mcd_groups", "mask_distance", "mask_rule", "channel_rule")
-    + ("rge_alpha", "rge_beta", "rge_gamma")
-    # weights of earlier steps and classifiers of later ones; importance is measured at step 0, but only later ones weigh it
-    + (
-        "reg_importance",
-        "reg_no_normalize",
-        "init_balanced",
-        "init_multimodal",
-        "align_weight",
-        "align_weight_frequency",
-    )
-    + ("lr_old", "base_weights")
-)
 #: Name under which the shared step 0 is trained.
 BASE = "base"
 
@@ -150,12 +96,16 @@ def of_method(arguments: argparse.Namespace, method: str) -> list[str]:
 
 
 def shares_step0(arguments: argparse.Namespace, method: str) -> bool:
-    """Whether the method's step 0 is the one that the words of all methods train."""
+    """Whether the method's step 0 is the one that the words of all methods train.
+
+    Methods that differ in options of later steps alone share a step 0; any other difference, such as a learning rate, a crop size or
+    a weight of the loss, makes one of its own.
+    """
 
     def of_step0(words: list[str]) -> dict[str, Any]:
         opts = vars(argparser.parse([*words, *_epochs(arguments.epochs_step0)]))
         opts["lr"] = opts["lr"][0]  # of step 0; the others are those of later steps
-        left_out = LATER_OPTIONS | {"method", "explicit", "preset_applied", "task_preset"}
+        left_out = argparser.later_options() | {"method", "explicit", "preset_applied", "task_preset"}
         return {dest: value for dest, value in opts.items() if dest not in left_out}
 
     return of_step0(arguments.words) == of_step0([*arguments.words, *of_method(arguments, method)])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
@@ -65,18 +66,18 @@ def parse_mode(mode: str | None) -> tuple[str | None, float | None]:
     """`--pseudo` as a mode and, for `threshold_X`, the number X.
 
     Raises:
-        ValueError: an unknown mode, or an X that is no number.
+        UserError: an unknown mode, or an X that is no number from 0 to 1.
     """
     if mode is None or mode in MODES:
         return mode, None
     name, _, number = mode.partition("_")
     try:
-        if name == "threshold":
+        if name == "threshold" and 0 <= float(number) <= 1:
             return "threshold", float(number)
     except ValueError:
         pass
-    raise ValueError(
-        f"--pseudo {mode!r} is unknown; use one of {', '.join(MODES)}, or threshold_X such as threshold_0.9."
+    raise UserError(
+        f"--pseudo {mode[:80]!r} is unknown; choose one of {', '.join(MODES)}, or threshold_X with X from 0 to 1"
     )
 
 

@@ -45,6 +45,7 @@ import dataset  # noqa: E402
 import methods  # noqa: E402
 from dataset.source import FileSource  # noqa: E402
 from dataset.voc import Voc  # noqa: E402
+from methods.lskd import PUBLISHED_SCHEMES  # noqa: E402
 from metrics.stream_metrics import StreamSegMetrics  # noqa: E402
 from modules.norm import NORMS  # noqa: E402
 from scripts.benchmark.workbench import (  # noqa: E402
@@ -184,7 +185,7 @@ def growth_cases(arguments: argparse.Namespace) -> dict[str, list[tuple[float, d
         "classes": [(old + new, {"old_classes": old, "new_classes": new}) for old, new in CLASSES],
     }
     if arguments.method == "LSKD":
-        schemes = argparser.POD_TAPS
+        schemes = PUBLISHED_SCHEMES
         cases["taps"] = [
             (count, {"tap_schemes": ",".join((*schemes[:count], *["none"] * (len(schemes) - count)))})
             for count in range(0, len(TAP_NAMES) + 1, 2)

@@ -7,11 +7,13 @@ import pytest
 
 import argparser
 import methods
+from methods.lskd import schemes
 from tests.support.paths import ROOT
+from utils.pod.options import loads
 
 PAGE = (ROOT / "docs" / "command-line.md").read_text()
 ACTIONS = [action for action in argparser.build_parser()._actions if action.dest != "help"]
-KINDS = {int: "whole number", float: "number", argparser.loads: "JSON", argparser.schemes: "list"}
+KINDS = {int: "whole number", float: "number", loads: "JSON", schemes: "list"}
 
 
 def values(action):

@@ -1,6 +1,7 @@
 """FeatureNorm: MiB that also keeps the length of the features which the classifiers see.
 
 norm   --norm_factor · mean over positions of (‖pre_logits of the student‖ − ‖pre_logits of the teacher‖)²
+       --norm_relative divides the difference by the teacher's length
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataset.tasks import Task
 from methods.base import Method, Part, Rules
 from methods.mib import MiB
 from utils.balance.equilibrium import TermSpec
+from utils.options.groups import add_switch, option_group
 from utils.runtime.amp import at_least_float32
 from utils.types import Batch
 
@@ -21,12 +23,26 @@ class LengthOfFeatures(Part):
     """Keep the length of the features at every position."""
 
     needs_teacher = True
-    rules = Rules(ranges={"norm_factor": (0, 1e6)})
+    rules = Rules(
+        ranges={"norm_factor": (0, 1e6)},
+        exclusive=[
+            (
+                "--norm_factor {norm_factor}",
+                lambda o: o.norm_factor > 0,
+                "--cosine (whose classifiers do not see the length)",
+                lambda o: o.cosine,
+            )
+        ],
+        idle=[("--norm_factor above 0", lambda o: o.norm_factor > 0, ["norm_relative"])],
+        later=["norm_factor", "norm_relative"],
+    )
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The part's own option."""
-        parser.add_argument("--norm_factor", type=float, default=0.0, help="factor of FeatureNorm's term")
+        """The part's own options, in a group of their own in `--help`."""
+        group = option_group(parser, "length of features (FeatureNorm)")
+        group.add_argument("--norm_factor", type=float, default=0.0, help="factor of FeatureNorm's term")
+        add_switch(group, "--norm_relative", help="divide the difference by the teacher's length")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
@@ -38,7 +54,10 @@ class LengthOfFeatures(Part):
         mine, theirs = (
             at_least_float32(taps.pre_logits).norm(dim=1) for taps in (batch.student, batch.teacher)
         )  # (B, h, w)
-        return {"norm": self.opts.norm_factor * (mine - theirs).square().mean()}
+        difference = mine - theirs
+        if self.opts.norm_relative:
+            difference = difference / theirs.clamp(min=1e-6)
+        return {"norm": self.opts.norm_factor * difference.square().mean()}
 
     def term_specs(self) -> list[TermSpec]:
         """The term, measured at the head: LSKD's balance can weigh it."""

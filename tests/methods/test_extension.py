@@ -1,14 +1,19 @@
 """The examples of the README, a method and a data set in one file each, run through the real command line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import argparser
 import dataset
 import methods
 import run
+from scripts import compare_methods as compare
 from tests.examples.feature_norm import FeatureNorm
 from tests.examples.pets import Pets
 from tests.support import thin
+from tests.support.command_lines import parse, refusal
 from tests.support.tiny_folder import SHOWN, SHOWN_VAL, write_folder
 
 
@@ -42,6 +47,9 @@ def test_its_term_by_hand():
     terms = step.method.terms(batch)
     lengths = [taps.pre_logits.square().sum(1).sqrt() for taps in (batch.student, batch.teacher)]
     torch.testing.assert_close(terms["norm"], 2 * (lengths[0] - lengths[1]).pow(2).mean())
+    relative = thin.Step("--method FeatureNorm --norm_factor 2 --norm_relative")
+    expected = 2 * (lengths[0] / lengths[1] - 1).pow(2).mean()
+    torch.testing.assert_close(relative.method.terms(relative.batch(images, labels))["norm"], expected)
     plain = thin.Step("--method MiB")
     assert {name: terms[name] for name in ("ce", "kd")} == plain.method.terms(plain.batch(images, labels))
 
@@ -49,7 +57,26 @@ def test_its_term_by_hand():
 def test_it_is_listed_and_its_option_explained(capsys):
     assert run.main(["--list_methods"]) == 0
     assert "FeatureNorm you, A method in one file 2026; loss_kd=10.0" in capsys.readouterr().out
-    assert "--norm_factor NORM_FACTOR" in run.argparser.build_parser().format_help()
+    text = argparser.build_parser().format_help()
+    assert "length of features (FeatureNorm):\n  --norm_factor NORM_FACTOR" in text
+
+
+def test_the_rules_of_its_options_are_enforced_from_its_file_alone(capsys, tmp_path):
+    assert "--norm_factor -1 is out of range; give a value from 0 to 1000000" in refusal("--norm_factor -1")
+    assert "--norm_factor nan is out of range" in refusal("--norm_factor nan")
+    message = refusal("--method FeatureNorm --cosine")
+    assert message.startswith("--norm_factor 0.1 and --cosine") and "exclude each other" in message
+    assert thin.launch(tmp_path, "--norm_factor 1e7") == 2
+    assert "error: --norm_factor 10000000" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_its_options_are_said_to_do_nothing_and_shared_at_step_0():
+    note = "--norm_relative does nothing here: it needs --norm_factor above 0"
+    assert note in argparser.notes(parse("--norm_relative"))
+    assert note not in argparser.notes(parse("--norm_relative --norm_factor 1"))
+    assert {"norm_factor", "norm_relative"} <= argparser.later_options()
+    arguments = compare.parse(["--methods", "MiB", "FeatureNorm", "--", *thin.words(Path("out"), "--task 6-2")])
+    assert compare.first_run(arguments, "FeatureNorm") == (compare.BASE, [])
 
 
 # ----------------------------------------------------------------------- a data set

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import argparser
+from methods.lskd import PUBLISHED_SCHEMES
 from modules.atrous import AtrousConv2d
 from modules.resnet import Stem
 from scripts.benchmark import __main__ as benchmark
@@ -115,7 +115,7 @@ def test_growth_varies_one_thing_at_a_time():
     assert [value for value, _ in cases["crop_size"]] == [64, 96, 128, 160]
     assert [value for value, _ in cases["classes"]] == [21, 61, 150]
     assert all(len(changes["tap_schemes"].split(",")) == 6 for _, changes in cases["taps"])
-    assert cases["taps"][-1][1]["tap_schemes"] == ",".join(argparser.POD_TAPS)
+    assert cases["taps"][-1][1]["tap_schemes"] == ",".join(PUBLISHED_SCHEMES)
     assert "taps" not in benchmark.growth_cases(small("--method", "PLOP"))
 
 

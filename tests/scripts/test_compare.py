@@ -85,17 +85,17 @@ def test_options_of_later_steps_do_not_change_step_0():
             return checkpoint_files.digest([step.model.state_dict(), step.method.state_dict()])
 
     others = {
-        "focal_loss_new": True, "kd_mask": "new", "kd_bce_sig_shape": "sum", "temperature_apply": "all", "pseudo": "entropy",
-        "step_threshold": 0.1, "median": "exact", "pseudo_nb_bins": 7, "pseudo_soft": "soft_certain", "soft_loss": "mended",
-        "pseudo_ablation": "removed_errors", "pod": "local", "pod_options": {"switch": {"after": {"factor": 0.5}}},
-        "pod_prepro": "abs", "pod_apply": "backbone", "spp_scales": [1], "pod_deeplab_mask_factor": 0.5,
-        "tap_schemes": ("md",) * 6, "mask_distance": "cos", "mask_rule": "whc", "channel_rule": "mended",
-        "init_multimodal": "max", "align_weight": "old", "align_weight_frequency": "epoch", "lr_old": 0.5,
+        "pseudo": "entropy", "pod": "local", "pod_options": {"switch": {"after": {"factor": 0.5}}}, "pod_prepro": "abs",
+        "spp_scales": [1], "tap_schemes": ("md",) * 6, "mask_distance": "cos", "mask_rule": "whc",
     }  # fmt: skip
     plain = vars(argparser.parse([]))
-    for dest in compare.LATER_OPTIONS - set(others):  # switches and factors
-        others[dest] = not plain[dest] if isinstance(plain[dest], bool) else plain[dest] + 1.5
-    assert set(others) == compare.LATER_OPTIONS and all(plain[dest] != value for dest, value in others.items())
+    actions = {action.dest: action for action in argparser.build_parser()._actions}
+    for dest in argparser.later_options() - set(others):  # switches, choices and numbers
+        choices = [choice for choice in actions[dest].choices or () if choice != plain[dest]]
+        others[dest] = (
+            choices[0] if choices else not plain[dest] if actions[dest].nargs == 0 else (plain[dest] or 0) + 2
+        )
+    assert set(others) == argparser.later_options() and all(plain[dest] != value for dest, value in others.items())
     reference = trained({})
     # all at once, and those by themselves that another one would hide
     assert trained(others) == reference

@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
 import run  # noqa: E402
-from utils.options.checks import EXCLUSIVE, RANGES  # noqa: E402
+
+#: Closed ranges of options, and groups of options that exclude each other.
+RANGES = {dest: bounds for rules in argparser.all_rules() for dest, bounds in rules.ranges.items()}
+ONE_OF = [dests for rules in argparser.all_rules() for dests, _ in rules.one_of]
 
 #: Seconds after which an input counts as hanging.
 PATIENCE = 120.0
@@ -171,8 +174,7 @@ def _bad_data(argv: list[str], rng: random.Random) -> list[str]:
 
 
 def _excluding(argv: list[str], rng: random.Random) -> list[str]:
-    names = rng.choice(EXCLUSIVE)[0]
-    return [*argv, *(f"--{name}" for name in rng.sample(names, 2))]
+    return [*argv, *(f"--{dest}" for dest in rng.sample(rng.choice(ONE_OF), 2))]
 
 
 def _bad_task(argv: list[str], rng: random.Random) -> list[str]:

@@ -140,7 +140,7 @@ class Trace:
     def options(self) -> Namespace:
         """The options of the step, as run.py sees them."""
         opts = argparser.parse(self.words())
-        opts.lr_of_step, opts.threshold_of_step = self.meta["lr"], opts.threshold
+        opts.lr_of_step = self.meta["lr"]
         return opts
 
     def make_task(self) -> Task:

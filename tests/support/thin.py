@@ -105,7 +105,7 @@ def options(text: str = "", step: int = 0) -> Namespace:
     """Parsed, checked, and with what `run` resolves for a step."""
     opts = argparser.parse(shlex.split(f"{SMALL} --task 6-2 --step {step} {text}"))
     argparser.check(opts)
-    opts.lr_of_step, opts.threshold_of_step = opts.lr[0], opts.threshold + step * (opts.step_threshold or 0.0)
+    opts.lr_of_step = opts.lr[0]
     return opts
 
 

@@ -44,9 +44,11 @@ def test_threshold_mode():
     assert pseudo.parse_mode("threshold_0.7") == ("threshold", 0.7)
 
 
-@pytest.mark.parametrize("mode", ["entropie", "threshold_", "threshold_high", "threshold", ""])
+@pytest.mark.parametrize(
+    "mode", ["entropie", "threshold_", "threshold_high", "threshold", "", "threshold_1.5", "threshold_nan"]
+)
 def test_unknown_modes_are_refused(mode):
-    with pytest.raises(ValueError, match=f"--pseudo '{mode}' is unknown.*threshold_0.9"):
+    with pytest.raises(ValueError, match=f"--pseudo '{mode}' is unknown.*threshold_X with X from 0 to 1"):
         pseudo.parse_mode(mode)
 
 

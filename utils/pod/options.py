@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -10,6 +12,20 @@ from utils.errors import UserError
 
 #: Taps that belong to the ResNet body; those after them belong to the DeepLab head (`--pod_apply`).
 BACKBONE_TAPS = 4
+
+
+def loads(text: str) -> dict[str, Any]:
+    """The JSON object of `--pod_options`; anything else is an error of the command line."""
+    if text.count("[") + text.count("{") > 100:
+        raise ArgumentTypeError("it is nested more than 100 times; is it another text?")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text[:80]!r} is not valid JSON ({error}); quote it for the shell") from None
+    if value is not None and not isinstance(value, dict):
+        raise ArgumentTypeError(f'{text[:80]!r} is not a JSON object such as {{"switch": {{"after": {{}}}}}}')
+    return value
+
 
 _CHOICES = {
     "type": ("local", "spatial", "global"),

@@ -12,6 +12,7 @@ from tests.support.command_lines import LSKD_COMMAND, SHAPES, parse, refusal
 from utils.errors import UserError
 from utils.options import checks
 
+RULES = argparser.all_rules()
 ACTIONS = {action.dest: action for action in argparser.build_parser()._actions}
 
 
@@ -20,7 +21,8 @@ def words(dest, **given):
     action = ACTIONS[dest]
     if action.nargs == 0:
         return f"--{dest}"
-    value = given.get(dest) or (action.choices[0] if action.choices else {int: 2, float: 0.5}.get(action.type))
+    others = [choice for choice in action.choices or () if choice != action.default]
+    value = given.get(dest) or (others[0] if others else {int: 2, float: 0.5}.get(action.type))
     text = {"tap_schemes": "pod,pod,md,md,md,md", "pod_prepro": "abs", "multimodal_fusion": "mean"}.get(dest, value)
     return f"--{dest} {text}"
 
@@ -148,14 +150,16 @@ ENABLERS = "--cosine --pseudo entropy --step 1"
 
 
 @pytest.mark.parametrize(
-    "pair", sorted({pair for names, _ in checks.EXCLUSIVE for pair in itertools.combinations(names, 2)}), ids="-".join
+    "pair",
+    sorted({pair for rule in RULES for dests, _ in rule.one_of for pair in itertools.combinations(dests, 2)}),
+    ids="-".join,
 )
 def test_options_that_exclude_each_other(pair):
     message = refusal(f"{' '.join(words(dest) for dest in pair)} {ENABLERS}")
     assert "exclude each other" in message and all(f"--{dest}" in message for dest in pair)
 
 
-@pytest.mark.parametrize(("dest", "need"), [(dest, need) for dest, need, _ in checks.NEEDS])
+@pytest.mark.parametrize(("dest", "need"), [(dest, need) for rule in RULES for dest, need, _ in rule.requires])
 def test_options_that_cannot_work_without_others(dest, need):
     message = refusal(words(dest, mask_rule="gt", pod_options="{}"))
     assert f"--{dest}" in message and f"needs {need}" in message
@@ -299,7 +303,9 @@ UNMET = {
 }
 
 
-@pytest.mark.parametrize(("need", "dest"), [(need, dest) for need, _, dests in checks.IDLE for dest in dests.split()])
+@pytest.mark.parametrize(
+    ("need", "dest"), [(need, dest) for rule in RULES for need, _, dests in rule.idle for dest in dests]
+)
 def test_notes_say_what_an_option_needs(need, dest):
     def said(others):
         return f"--{dest} does nothing here: it needs {need}" in argparser.notes(parse(f"{others} {words(dest)}"))

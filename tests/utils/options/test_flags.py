@@ -6,11 +6,9 @@ import json
 import pytest
 
 import argparser
-from modules.classifier import FUSIONS
 from tests.support.command_lines import parse, refusal
 from tests.support.paths import ROOT
-from utils.options import checks, flags
-from utils.pod.distance import PREPROCESS
+from utils.options import flags
 
 OFFICIAL = json.loads((ROOT / "tests/facts/official_flags.json").read_text())["flags"]
 KINDS = {"store": "_StoreAction", "store_true": "_StoreTrueAction", "store_false": "_StoreFalseAction"}
@@ -92,8 +90,3 @@ def test_no_option_of_ours_is_ignored(actions):
     ours = {action.dest for action in actions.values()} - official - {"help"}
     composed = {"shapes_train", "shapes_val"}  # read as f"shapes_{split}"
     assert not ours - options_read_by_the_program() - composed
-
-
-def test_choices_agree_with_the_code_that_has_them():
-    assert set(checks.FUSIONS) == set(FUSIONS)
-    assert set(checks.PREPROCESSING) == set(PREPROCESS)

@@ -96,8 +96,6 @@ def test_thresholds():
     assert Scene(PSEUDO).thresholds.min() == 0.001
     # step 2: 0.001 + 2 · 0.25
     assert Scene(f"{PSEUDO} --step_threshold 0.25").thresholds.tolist() == [0.501] * ALL
-    opts = thin.options(f"{PSEUDO} --step_threshold 0.25", step=2)
-    assert run.options_of_step(opts, Task("shapes", "t", 2, ((0, 1), (2,), (3,)))).threshold_of_step == 0.501
 
 
 @shows("pseudo_nb_bins")
