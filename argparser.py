@@ -156,7 +156,9 @@ def _check_task(opts: argparse.Namespace) -> None:
             f"--method Joint learns all classes at once, but task {steps[0].name} has {steps[0].last_step + 1} steps; "
             f"use --task {tasks.OFFLINE}"
         )
-    if not steps[0].domain:
+    if steps[0].domain:
+        checks.check_domain_incremental(opts, all_rules())
+    else:
         checks.check_class_incremental(opts)
 
 

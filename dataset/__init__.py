@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,16 @@ DATASETS: dict[str, Layout | None] = {
 
 __all__ = [
     *("DATASETS", "SegmentationSet", "Splits", "Task"),
-    *("build", "check_data", "class_names", "load_task", "replay_set", "labels_of_test", "labels_of_validation"),
+    *(
+        "build",
+        "check_data",
+        "class_names",
+        "described_task",
+        "load_task",
+        "replay_set",
+        "labels_of_test",
+        "labels_of_validation",
+    ),
 ]
 
 
@@ -53,8 +63,26 @@ def class_names(opts: Namespace) -> tuple[str, ...]:
 
 def load_task(opts: Namespace, step: int) -> Task:
     """The task that `opts` (dataset, task, task_file, data_root) names, at a step; UserError as `tasks.load`."""
-    num_classes = len(class_names(opts)) if opts.dataset not in tasks.KNOWN else None
-    return tasks.load(opts.dataset, opts.task, step, getattr(opts, "task_file", None), num_classes)
+    sizes: tuple[int, ...] = ()
+    if opts.dataset not in tasks.KNOWN:
+        layout, classes = _layout(opts), len(class_names(opts))
+        sizes = (len(layout.domains), classes) if layout is not None and layout.domains else (classes,)
+    return tasks.load(opts.dataset, opts.task, step, getattr(opts, "task_file", None), *sizes)
+
+
+def described_task(described: dict[str, Any]) -> Task:
+    """The task of a checkpoint, from the description in it (`utils.checkpointing.header.describe`).
+
+    Raises:
+        UserError: this program does not have the data set.
+    """
+    name = described["dataset"]
+    if name not in DATASETS:
+        raise UserError(f"the checkpoint is of the data set {name!r:.80}; this program has {', '.join(DATASETS)}")
+    layout = DATASETS[name]
+    steps = tuple(tuple(step) for step in described["steps"])
+    domain = (True, len(layout.classes)) if layout is not None and layout.domains else ()
+    return Task(name, described["name"], described["step"], steps, *domain)
 
 
 def build(opts: Namespace, task: Task) -> Splits:

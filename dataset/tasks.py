@@ -183,7 +183,12 @@ def names(dataset: str) -> list[str]:
 
 
 def load(
-    dataset: str, name: str | None, step: int, task_file: str | None = None, num_classes: int | None = None
+    dataset: str,
+    name: str | None,
+    step: int,
+    task_file: str | None = None,
+    num_classes: int | None = None,
+    domain_labels: int | None = None,
 ) -> Task:
     """The task of that name, or the one of a task file.
 
@@ -194,7 +199,8 @@ def load(
         task_file: JSON, `{"name": "pets", "steps": {"0": [0, 8, 10, 12], "1": [13], "2": [17, 15]}}`, or only the
             steps, as an object or as a list of lists. Every id at most once; 0 stands first in step 0 (in
             domain-incremental tasks it is an id like any other); ids that no step names stay background.
-        num_classes: number of classes with background, for data sets that are not in tasks.json (`folder`).
+        num_classes: number of classes with background, or of domains, for data sets that are not in tasks.json (`folder`).
+        domain_labels: number of labels of a domain-incremental data set that is not in tasks.json.
 
     Raises:
         UserError: unknown task or step, or a task file that is not as above; names the file and the value.
@@ -203,9 +209,9 @@ def load(
     facts = _tables().get(dataset, {})
     classes = num_classes or facts.get("classes")
     assert classes, f"the number of classes of {dataset} is not known"
-    domain = "domain_labels" in facts
+    labels = domain_labels or facts.get("domain_labels", 0)
     if task_file:
-        name, steps = _read_task_file(Path(task_file), classes, domain)
+        name, steps = _read_task_file(Path(task_file), classes, labels > 0)
     elif name == OFFLINE:
         steps = (tuple(range(classes)),)
     elif name in facts.get("tasks", {}):
@@ -215,7 +221,7 @@ def load(
             f"--task {name!r} is not a task of {dataset}: it has {', '.join(names(dataset))}; "
             f"an order of your own is given with --task_file{suggestion(str(name), names(dataset))}"
         )
-    return Task(dataset, name, step, steps, domain, facts.get("domain_labels", 19))
+    return Task(dataset, name, step, steps, *((True, labels) if labels else ()))
 
 
 def _read_task_file(path: Path, classes: int, domain: bool) -> tuple[str, tuple[tuple[int, ...], ...]]:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
+import dataset  # noqa: E402
 import segmentation_module  # noqa: E402
 from dataset.layout import IMAGE_SUFFIXES  # noqa: E402
 from dataset.tasks import Task  # noqa: E402
@@ -40,11 +41,7 @@ def load(path: Path) -> tuple[nn.Module, Task]:
     state = read(path)
     if "options" not in state or "task" not in state:
         raise UserError(f"{path} says neither its network nor its classes; give a checkpoint that run.py wrote")
-    described = state["task"]
-    steps = tuple(tuple(step) for step in described["steps"])
-    task = Task(
-        described["dataset"], described["name"], described["step"], steps, described["dataset"].endswith("_domain")
-    )
+    task = dataset.described_task(state["task"])
     opts = Namespace(**{**vars(argparser.parse([])), **state["options"]})
     model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False)
     segmentation_module.load_weights(model, state["model_state"], path, strict=True)

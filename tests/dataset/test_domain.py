@@ -1,5 +1,6 @@
 """Domain-incremental Cityscapes through the real command line: the steps are cities, every pixel has its label, no class is added."""
 
+import ast
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import dataset
 import methods
+from dataset.layout import FilePair, Layout
 from tests.support import thin
+from tests.support.paths import ROOT
 from tests.support.tiny_folder import save_image, save_mask
 from utils.checkpointing.store import read
 
@@ -76,3 +79,60 @@ def test_steps_of_a_method(text, cities, tmp_path):
         assert all(math.isfinite(value) for value in epoch["losses"].values())
     weights = read(tmp_path / "checkpoints" / "11-5-cityscapes_domain_n_1.pth")["model_state"]
     assert weights["cls.0.weight"].shape[0] == 19 and "cls.1.weight" not in weights
+
+
+# ------------------------------------------------- a domain-incremental data set of somebody else
+
+
+class Towns(Layout):
+    """Three towns, four labels; its name does not say that its steps are domains."""
+
+    name = "towns"
+    hint = "towns"
+    classes = ("road", "house", "tree", "sky")
+    domains = ("a", "b", "c")
+
+    def pairs(self, root, train):
+        folder = root / ("train" if train else "val")
+        return [
+            FilePair(str(folder / f"{town}{number}.jpg"), str(folder / f"{town}{number}.png"), domain)
+            for domain, town in enumerate(self.domains)
+            for number in range(2)
+        ]
+
+
+@pytest.fixture
+def towns(tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset.DATASETS, "towns", Towns())
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for town in Towns.domains:
+            for number in range(2):
+                save_image(tmp_path / split / f"{town}{number}.jpg", number)
+                save_mask(tmp_path / split / f"{town}{number}.png", [1, 2, 3])
+    (tmp_path / "order.json").write_text('{"name": "order", "steps": [[2], [0, 1]]}')
+    return f"--dataset towns --data_root '{tmp_path}' --task_file '{tmp_path}/order.json' --batch_size 2"
+
+
+def test_domains_are_a_property_of_the_layout(towns, tmp_path):
+    assert thin.launch(tmp_path, f"{towns} --step 0 1 --method LWF") == 0
+    assert [len(row) for row in thin.rows(tmp_path)] == [1 + 4 + 1] * 2
+    state = read(tmp_path / "checkpoints" / "order-towns_n_1.pth")
+    assert state["model_state"]["cls.0.weight"].shape[0] == 4 and "cls.1.weight" not in state["model_state"]
+    task = dataset.described_task(state["task"])
+    assert (task.domain, task.step, task.new, task.label_ids) == (True, 1, (0, 1), (0, 1, 2, 3))
+
+
+def test_what_domains_do_not_have_is_refused_for_any_data_set_of_domains(towns, tmp_path, capsys):
+    assert thin.launch(tmp_path, f"{towns} --step 1 --pseudo entropy") == 2
+    assert "--pseudo entropy cannot work on towns: its steps are domains" in capsys.readouterr().err
+
+
+def test_no_code_tells_domains_by_a_name():
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                compared = ast.unparse(node) if isinstance(node, ast.Compare) else ""
+                assert "cityscapes" not in compared and "_domain')" not in compared, f"{path}: {compared}"
+                called = ast.unparse(node) if isinstance(node, ast.Call) else ""
+                assert not called.endswith(("endswith('_domain')", "startswith('cityscapes')")), f"{path}: {called}"

@@ -64,7 +64,7 @@ def check_all(opts: Namespace, rules: Sequence[Rules]) -> None:
     Raises:
         UserError: the first fault found; names the flag, its value and the remedy.
     """
-    for check in (_numbers, _choices, _own_checks, _one_of, _requires, _exclusive, _nothing_at_step_0, _domain):
+    for check in (_numbers, _choices, _own_checks, _one_of, _requires, _exclusive, _nothing_at_step_0):
         check(opts, rules)
     for check_shared in (_texts, _steps, _precision, _paths):
         check_shared(opts)
@@ -85,6 +85,26 @@ def check_class_incremental(opts: Namespace) -> None:
             f"--base_weights gives the network of step {later} the classifier of step 0 alone, which has no channel for "
             "the new classes, so that their labels cannot be trained; leave --base_weights out, or add --test"
         )
+
+
+def check_domain_incremental(opts: Namespace, rules: Sequence[Rules]) -> None:
+    """Refuse what cannot work in a task whose steps are domains: all classes are old from step 1 on, every pixel has its label.
+
+    Args:
+        opts: the parsed command line of such a task.
+        rules: as for `check_all`.
+
+    Raises:
+        UserError: names the flag and the remedy.
+    """
+    for rule in rules:
+        for dest, needs_classes in rule.classes_only.items():
+            if needs_classes(getattr(opts, dest)):
+                remedy = "leave it out" + (PRESET_REMEDY if _origin(opts, dest) else "")
+                raise UserError(
+                    f"{_shown(opts, dest)} cannot work on {opts.dataset}: its steps are domains of the same classes, so it has "
+                    f"no background, every pixel has its label and no step adds a class; {remedy}"
+                )
 
 
 def notes(opts: Namespace, rules: Sequence[Rules]) -> list[str]:
@@ -223,20 +243,6 @@ def _nothing_at_step_0(opts: Namespace, rules: Sequence[Rules]) -> None:
             if dest in opts.explicit and is_given(opts, dest):
                 raise UserError(
                     f"--{dest} {getattr(opts, dest)} {why}; leave --{dest} out, or train later steps too (--step 0 1)"
-                )
-
-
-def _domain(opts: Namespace, rules: Sequence[Rules]) -> None:
-    """In a domain-incremental task all classes are old from step 1 on, and every pixel has its label."""
-    if opts.dataset != "cityscapes_domain":
-        return
-    for rule in rules:
-        for dest, needs_classes in rule.classes_only.items():
-            if needs_classes(getattr(opts, dest)):
-                remedy = "leave it out" + (PRESET_REMEDY if _origin(opts, dest) else "")
-                raise UserError(
-                    f"{_shown(opts, dest)} cannot work on cityscapes_domain: its steps are cities, it has no background "
-                    f"(label 0 is road), every pixel has its label and no step adds a class; {remedy}"
                 )
 
 
