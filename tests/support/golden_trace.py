@@ -226,6 +226,10 @@ class Trace:
         """The golden columns of one epoch: the means of our terms under the official names."""
         return epoch_row(means, self.meta)
 
+    def log_line(self, values: dict[str, float]) -> dict[str, float]:
+        """The figures of an iteration under the names that the official log gives them."""
+        return log_line(values, self.meta)
+
     def check(self) -> None:
         """Compare what `run` filled with the golden file, number by number.
 
@@ -236,7 +240,7 @@ class Trace:
         if meta.get("loss_lines"):
             lines = [log_figures(line) for line in meta["loss_lines"]]
             names = list(lines[0])
-            mine = [[log_line(values, meta)[name] for name in names] for values in self.trainer.recorded]
+            mine = [[self.log_line(values)[name] for name in names] for values in self.trainer.recorded]
             close_by_column(mine, [[line[name] for name in names] for line in lines], "log lines", names)
         rows = [self.epoch_row(entry["losses"]) for entry in self.trainer.history if "phase" not in entry]
         close_by_column(rows, case["out_epochs"], "epochs", meta["epoch_columns"])

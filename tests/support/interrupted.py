@@ -15,14 +15,19 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing is tidied up."""
 
 
-def run_twice(folder: Path, text: str, step: int, at: int) -> tuple[dict, dict]:
+#: The functions of an iteration, and their owners.
+ITERATIONS = ((PhaseRun, "_iterate"), (train.Trainer, "train_iteration"))
+
+
+def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -> tuple[dict, dict]:
     """Train a step without and with an interruption, from the same checkpoint of the step before.
 
     Args:
         folder: empty, for the outputs.
         text: the command line without --step; the steps before `step` are trained with it too.
         step: the step that is killed.
-        at: the number of iterations, over phases and training, that end before the kill; every one of them is saved.
+        at: the number of calls of the targets that end before the kill; every iteration is saved.
+        targets: owners and names of the functions that count, the iterations of phases and training by default.
 
     Returns:
         The checkpoints of the step that ran through and of the one that was resumed.
@@ -47,8 +52,8 @@ def run_twice(folder: Path, text: str, step: int, at: int) -> tuple[dict, dict]:
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PhaseRun, "_iterate", counted(PhaseRun._iterate))
-        patch.setattr(train.Trainer, "train_iteration", counted(train.Trainer.train_iteration))
+        for owner, name in targets:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
         with pytest.raises(Killed):
             thin.launch(folder / "parts", words)
     assert thin.launch(folder / "parts", f"{words} --resume") == 0

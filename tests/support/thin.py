@@ -128,9 +128,16 @@ class Step:
         text: the command line.
         steps: class ids of each step; the last one is trained.
         dtype: of the networks.
+        checkpoint: what step t−1 left, as `Method.attach` takes it.
     """
 
-    def __init__(self, text: str, steps=((0, 1, 2), (3,), (4, 5)), dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        text: str,
+        steps=((0, 1, 2), (3,), (4, 5)),
+        dtype: torch.dtype = torch.float32,
+        checkpoint: dict[str, Any] | None = None,
+    ):
         self.task = Task("shapes", "thin", len(steps) - 1, tuple(steps))
         self.opts = options(text, self.task.step)
         self.dtype = dtype
@@ -142,7 +149,7 @@ class Step:
             for classifier in self.teacher.cls:
                 classifier.weight *= SURE
         self.method = methods.build(self.opts, self.task)
-        self.method.attach(self.model, self.teacher)
+        self.method.attach(self.model, self.teacher, checkpoint)
 
     def trainer(self, iterations: int = 10) -> Trainer:
         """The trainer, with so many iterations an epoch."""
