@@ -20,11 +20,26 @@ from methods.lwf_mc import LWFMC, ICarl
 from methods.mib import BalancedInitialisation, MiB
 from methods.pi import PI
 from methods.plop import PLOP, PodDistillation, PseudoLabels
+from methods.reminder import REMINDER
 from methods.rw import RW
 
 #: `--method` by name.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FT, Joint, LWF, LWFMC, ILT, EWC, RW, PI, MiB, PLOP, LSKD)
+    method.name: method
+    for method in (
+        FT,
+        Joint,
+        LWF,
+        LWFMC,
+        ILT,
+        EWC,
+        RW,
+        PI,
+        MiB,
+        PLOP,
+        LSKD,
+        REMINDER,
+    )
 }
 
 #: In the order in which they prepare a batch and list their terms: pseudo-labels come before all that looks at labels.

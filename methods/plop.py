@@ -148,7 +148,8 @@ class PseudoLabels(Part):
         batch.labels, batch.pseudo_mask, batch.pixel_weights = result.labels, result.valid, result.pixel_weights
         if opts.classif_adaptive_factor and self.mode == "entropy":
             least, dtype = opts.classif_adaptive_min_factor, torch.promote_types(batch.images.dtype, torch.float32)
-            factor = pseudo.adaptive_factor(result.valid, batch.truth, task.num_old, least, dtype)
+            damping = 0.0 if opts.csw_kd > 0 else pseudo.DAMPING  # REMINDER's form (methods/reminder.py) has none
+            factor = pseudo.adaptive_factor(result.valid, batch.truth, task.num_old, least, dtype, damping)
             batch.pixel_weights = factor if batch.pixel_weights is None else factor * batch.pixel_weights
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ MODES = ("naive", "confidence", "median", "entropy")
 MEASURES = {"median": "probability", "entropy": "entropy"}
 #: Bins of the histograms that thresholds are read from, unless `--pseudo_nb_bins` says otherwise.
 NUM_BINS = {"probability": 20, "entropy": 100}
+#: Keeps PLOP's adaptive factor finite in an image without old pixels.
+DAMPING = 1e-6
 #: `--pseudo_ablation`, for labels that hold the old classes' truth (`--data_masking current+old`).
 ABLATIONS = ("corrected_errors", "removed_errors")
 #: `--pseudo_soft`.
@@ -283,7 +285,12 @@ def certain_pixels(labels: Tensor, valid: Tensor, num_old: int, soft: str) -> Te
 
 
 def adaptive_factor(
-    valid: Tensor, labels: Tensor, num_old: int, minimum: float = 0.0, dtype: torch.dtype = torch.float32
+    valid: Tensor,
+    labels: Tensor,
+    num_old: int,
+    minimum: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    damping: float = DAMPING,
 ) -> Tensor:
     """`--classif_adaptive_factor`: the share of old pixels that are trusted, so that new ones do not drown the rest.
 
@@ -293,13 +300,14 @@ def adaptive_factor(
         num_old: number of old classes.
         minimum: smallest factor (`--classif_adaptive_min_factor`).
         dtype: of the loss that the factor multiplies.
+        damping: added to the number of old pixels: PLOP's 1e-6, or 0 as in REMINDER.
 
     Returns:
-        (B, 1, 1): trusted old pixels / (old pixels + 1e-6), 0 or `minimum` for an image without old pixels.
+        (B, 1, 1): trusted old pixels / (old pixels + damping), 0 or `minimum` for an image without old pixels.
 
     Reference: PLOP, eq. 11.
     """
-    # The constant 1e-6 is lost in float32 beside a count of pixels, and with it the released number
+    # The damping is lost in float32 beside a count of pixels, and with it the released number
     trusted = valid.double().sum((1, 2), keepdim=True)
     old = (labels < num_old).double().sum((1, 2), keepdim=True)
-    return (trusted / (old + 1e-6)).clamp(min=minimum).to(dtype)
+    return (trusted / torch.where(old > 0, old + damping, 1.0)).clamp(min=minimum).to(dtype)

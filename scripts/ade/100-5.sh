@@ -10,7 +10,10 @@ METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
 GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5 6 7 8 9 10"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-60}
-EPOCHS=${EPOCHS:-60}
+case $METHOD in # as published; 60 epochs where nothing is
+    REMINDER) EPOCHS=${EPOCHS:-70} BATCH=${BATCH:-$((10 / GPUS))} ;;
+    *) EPOCHS=${EPOCHS:-60} ;;
+esac
 # further variables: scripts/common.sh
 # shellcheck source=scripts/common.sh
 source scripts/common.sh

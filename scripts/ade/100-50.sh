@@ -10,13 +10,17 @@ METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
 GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-60}
-EPOCHS=${EPOCHS:-60}
+case $METHOD in # as published; 60 epochs where nothing is
+    REMINDER) EPOCHS=${EPOCHS:-70} LR=${LR:-0.0008} BATCH=${BATCH:-$((10 / GPUS))} ;;
+    *) EPOCHS=${EPOCHS:-60} ;;
+esac
+LR=${LR:-0.001}
 # further variables: scripts/common.sh
 # shellcheck source=scripts/common.sh
 source scripts/common.sh
 
 for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
+    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=$LR epochs=$EPOCHS; fi
     train_step "$step" "$lr" "$epochs" --dataset ade --task 100-50 --overlap --method "$METHOD" "$@"
 done
 summary ade 100-50

@@ -11,6 +11,9 @@ GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
 EPOCHS=${EPOCHS:-30}
+case $METHOD in # as published
+    REMINDER) BATCH=${BATCH:-$((16 / GPUS))} ;;
+esac
 # further variables: scripts/common.sh
 # shellcheck source=scripts/common.sh
 source scripts/common.sh

@@ -36,6 +36,7 @@ TERMS = {
     "PI": ("ce", "ce regularizer"),
     "MiB": ("ce", "ce kd"),
     "PLOP": ("ce", "ce pod"),
+    "REMINDER": ("ce", "ce csw pod"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
 }
 REGULARISED = {"EWC": ["fisher"], "RW": ["fisher", "score"], "PI": ["score"]}
@@ -169,7 +170,10 @@ def test_regulariser_after_a_step_without_says_so_and_works(finished, tmp_path, 
 JOINED = {
     "joined": "--task 6-2 --method LSKD --norm_act iabn_sync --lr 0.001",
     "measured": "--task 6-2 --method EWC --norm_act iabn_sync --lr 0.001",
+    "similar": "--task 6-2 --method REMINDER --norm_act iabn_sync --lr 0.001",
 }
+#: What a method learns beside its weights.
+KINDS = REGULARISED | {"PLOP": ["thresholds"], "LSKD": ["thresholds"], "REMINDER": ["thresholds", "prototypes"]}
 #: What the two processes run: every method, flags that touch the parameters besides the loss, and a run that one process repeats.
 COMMANDS = {method: f"{TASK.get(method, EVERY_STEP)} --method {method}" for method in TERMS} | {
     "fixed": f"{EVERY_STEP} --fix_bn",
@@ -201,6 +205,8 @@ def learned():
                     state |= {f"{kind}/{name}": value for name, value in values.items()}
             if getattr(part, "thresholds", None) is not None:
                 state["thresholds"] = part.thresholds
+            if getattr(part, "prototypes", None) is not None:
+                state["prototypes"] = part.prototypes
         if trainer.balancer.loss_weights:
             state["weights"] = torch.stack(list(trainer.balancer.loss_weights.values()))
         found.append({name: value.clone() for name, value in state.items()})
@@ -238,8 +244,8 @@ def assert_the_same(name, mine, theirs):
         assert torch.equal(mine[key], theirs[key]), (name, key)
         assert mine[key].isfinite().all(), (name, key)
     kinds = {key.split("/")[0] for key in mine} - {"model", "weights"}
-    measured = REGULARISED.get("EWC" if name == "measured" else name, [])
-    assert kinds == {*measured, *(["thresholds"] if name in ("PLOP", "LSKD", "joined") else [])}
+    measured = KINDS.get(JOINED.get(name, f"--method {name}").split("--method ")[1].split()[0], [])
+    assert kinds == set(measured)
 
 
 def test_two_processes_learn_the_same_and_balance_as_one(tmp_path, monkeypatch):

@@ -105,11 +105,27 @@ def test_schedules_run_every_step_of_their_task(path, method, project, monkeypat
     assert summary == ["python", "scripts/average_csv.py", f"results/d_{dataset}_{task}_{method}.csv"]
 
 
-@pytest.mark.parametrize(("method", "epochs"), [("PLOP", [30, 10]), ("LSKD", [30, 20])])
-def test_epochs_of_voc_10_1(method, epochs, project, monkeypatch):
+#: Published schedules that differ from that of their task: script, method, and epochs, rates of step 0 and 1, and the joint batch.
+PUBLISHED = [
+    ("voc/10-1", "PLOP", [30, 10], [0.01, 0.001], 24),
+    ("voc/10-1", "LSKD", [30, 20], [0.01, 0.001], 24),
+    ("voc/15-5s", "REMINDER", [30, 30], [0.01, 0.001], 16),
+    ("voc/15-5", "REMINDER", [30, 30], [0.01, 0.001], 24),
+    ("ade/100-50", "REMINDER", [60, 70], [0.01, 0.0008], 10),
+    ("ade/100-10", "REMINDER", [60, 70], [0.01, 0.001], 10),
+    ("ade/100-5", "REMINDER", [60, 70], [0.01, 0.001], 10),
+    ("ade/50", "REMINDER", [60, 70], [0.01, 0.001], 10),
+]
+
+
+@pytest.mark.parametrize(("script", "method", "epochs", "rates", "batch"), PUBLISHED)
+def test_published_schedules(script, method, epochs, rates, batch, project, monkeypatch):
     monkeypatch.chdir(project)
-    steps = commands(project, "scripts/voc/10-1.sh", METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
-    assert [parsed(command).epochs for command in steps] == epochs
+    steps = commands(project, f"scripts/{script}.sh", METHOD=method, STEPS="0 1", DATA_ROOT="my data", GPUS="2")[:-1]
+    options = [parsed(command) for command in steps]
+    assert [opts.epochs for opts in options] == epochs
+    assert [opts.lr for opts in options] == [[rate] for rate in rates]
+    assert [2 * opts.batch_size for opts in options] == [batch] * 2
 
 
 def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):
