@@ -352,9 +352,6 @@ class StepRun:
     def _prepare(self, method: methods.Method) -> Prepared:
         """Networks and data of a training, and what an interrupted run left."""
         task, opts = self.task, self.opts
-        resumed = self.store.load_unfinished() if opts.resume else None
-        if self.store.damage:
-            self.log.info(f"note: {self.store.damage}; going on from the state before it")
         previous: dict[str, Any] = {}
         teacher = None
         if task.step > 0:
@@ -362,6 +359,9 @@ class StepRun:
             self._continue_date(previous)
             if method.uses_teacher:
                 teacher = self._placed(segmentation_module.build_teacher(opts, task, previous, method.wrap_model))
+        resumed = self.store.load_unfinished() if opts.resume else None
+        if self.store.damage:
+            self.log.info(f"note: {self.store.damage}; going on from the state before it")
         fresh = task.step == 0 and opts.ckpt is None and resumed is None
         model = segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model)
         model = self._placed(model)

@@ -47,6 +47,8 @@ class Store:
         self.folder = Path(opts.checkpoint)
         #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
         self.damage = ""
+        #: SHA-256 of the weights of step t-1, once they are read.
+        self.previous_sha256: str | None = None
 
     def finished(self, step: int) -> Path:
         """Checkpoint of a finished step."""
@@ -145,6 +147,7 @@ class Store:
         path = self.previous()
         state = read(path)
         self._check(path, state, self.task.step - 1)
+        self.previous_sha256 = checkpoint_files.digest(state["model_state"])
         return state
 
     def require_previous(self) -> None:
@@ -238,6 +241,7 @@ class Store:
             "iterations": trainer_state["iterations"],
             "options": plain_options(self.opts),
             "task": describe(self.task),
+            **self._origin(),
         }
         if named := loss_weights or inherited:
             content["loss_weights"] = {"names": list(named), "values": _stacked(named)}
@@ -257,11 +261,12 @@ class Store:
 
     def _write_unfinished(self, trainer_state: dict[str, Any] | None, before: Path | None = None) -> None:
         """Write a state, or that there is none yet."""
-        checkpoint_files.save(
-            self.unfinished(self.task.step),
-            {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)},
-            before,
-        )
+        state = {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)}
+        checkpoint_files.save(self.unfinished(self.task.step), state | self._origin(), before)
+
+    def _origin(self) -> dict[str, str]:
+        """What a step notes about the step that it was begun from; nothing at step 0."""
+        return {} if self.previous_sha256 is None else {"previous_sha256": self.previous_sha256}
 
     def load_unfinished(self) -> dict[str, Any] | None:
         """The interrupted run of this step, or None: its "state" for the trainer, its "options".
@@ -269,7 +274,7 @@ class Store:
         Where the last state is damaged this is the one before it, and `damage` says why.
 
         Raises:
-            UserError: both are damaged, or of a run with other options.
+            UserError: both are damaged, or of a run with other options or from another step t-1.
         """
         path, before = self.unfinished(self.task.step), self.before_unfinished(self.task.step)
         if not self.interrupted():
@@ -288,10 +293,11 @@ class Store:
             return None
         check_header(path, state, own=True)
         self._same_options(path, state)
+        self._same_previous(path, state)
         return state
 
     def check_finished(self) -> dict[str, Any]:
-        """The finished checkpoint of this step, refused if it was trained with other options.
+        """The finished checkpoint of this step, refused if it was trained with other options or from another step t-1.
 
         Raises:
             UserError: naming what differs.
@@ -300,6 +306,7 @@ class Store:
         state = read(path)
         if "options" in state:
             self._same_options(path, state)
+        self._same_previous(path, state)
         return state
 
     def _same_options(self, path: Path, state: dict[str, Any]) -> None:
@@ -315,6 +322,19 @@ class Store:
             )
             raise UserError(
                 f"--resume: {path} was written with other options ({differing}); repeat them, or start anew without --resume"
+            )
+
+    def _same_previous(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse what was trained from another step t-1 than the one that is there now; earlier versions noted nothing."""
+        theirs, step = state.get("previous_sha256"), self.task.step
+        if step == 0 or theirs is None or not self.previous().is_file():
+            return
+        if self.previous_sha256 is None:
+            self.previous_sha256 = checkpoint_files.digest(read(self.previous())["model_state"])
+        if theirs != self.previous_sha256:
+            raise UserError(
+                f"--resume: {path} was trained from another step {step - 1} than {self.previous()}, whose weights have changed since; "
+                f"train step {step} anew without --resume, or restore that file"
             )
 
 

@@ -44,7 +44,7 @@ def test_keys_groups_and_orders_are_the_official_ones(tmp_path):
         assert run.main(thin.words(tmp_path, text)) == 0
         state = checkpoint_files.load(tmp_path / "checkpoints" / f"6-2-shapes_n_{step}.pth")
         assert list(state)[:6] == KEYS
-        assert set(state) == {*KEYS, *OWN_KEYS} | ({"loss_weights"} if step else set())
+        assert set(state) == {*KEYS, *OWN_KEYS} | ({"loss_weights", "previous_sha256"} if step else set())
         assert state["epoch"] == 1  # the index of the second and last epoch
         assert state["trainer_state"] == {"regularizer": None}
         assert set(state["method_state"]) == ({"pseudo_labels"} if step else set())
