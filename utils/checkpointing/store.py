@@ -372,8 +372,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     # how the run is started and kept
     + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
-    # only their value for this step counts, which is stored beside them
-    + ("lr", "threshold", "step_threshold")
+    # only its value for this step counts, which is stored beside it
+    + ("lr",)
 )
 
 

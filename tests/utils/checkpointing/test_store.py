@@ -198,8 +198,14 @@ def test_an_unfinished_step_is_continued_with_the_same_options_only(tmp_path):
         "--num_workers 3 --print_interval 2 --ckpt_interval 4 --lr 0.01 0.5 --step 0 1 --resume --skip_nonfinite 2"
     )
     assert make(tmp_path, 0, allowed).load_unfinished() is not None
-    text = refusal(make(tmp_path, 0, "--lr 0.02 --batch_size 3 --random_seed 1").load_unfinished)
-    for part in ("batch_size was 2, is 3", "lr_of_step was 0.01, is 0.02", "random_seed was 42, is 1", "--resume"):
+    text = refusal(make(tmp_path, 0, "--lr 0.02 --batch_size 3 --random_seed 1 --threshold 0.5").load_unfinished)
+    for part in (
+        "threshold was 0.9, is 0.5",
+        "batch_size was 2, is 3",
+        "lr_of_step was 0.01, is 0.02",
+        "random_seed was 42, is 1",
+        "--resume",
+    ):
         assert part in text
 
 
