@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from dataset.tasks import Task
+from methods.awt import MiBAWT
 from methods.base import Method, Part
 from methods.ewc import EWC, WeightPenalty
 from methods.ft import FT, BackgroundModes, Classification, EntropyMinimisation, WeightAlignment
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
         PLOP,
         LSKD,
         REMINDER,
+        MiBAWT,
     )
 }
 

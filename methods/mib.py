@@ -34,12 +34,13 @@ class BalancedInitialisation(Part):
     def add_options(parser: ArgumentParser) -> None:
         """The switch."""
         switched = "new classifiers start from the background's (MiB)"
-        add_switch(option_group(parser, "classifier"), "--init_balanced", help=switched)
+        add_switch(option_group(parser, "classifier"), "--init_balanced", "--orig_init", help=switched)
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """From step 1 on, with --init_balanced; domains add no class."""
-        return opts.init_balanced and task.step > 0 and not task.domain
+        """From step 1 on, with --init_balanced, unless new classifiers start in another way (AWT); domains add no class."""
+        otherwise = opts.init_awt or opts.att or opts.no_att
+        return opts.init_balanced and not otherwise and task.step > 0 and not task.domain
 
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device

@@ -36,3 +36,20 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         wide = logits.contiguous() @ _weights(width, columns, logits.dtype)  # (B, C, h, W)
         return _weights(height, rows, logits.dtype).T @ wide
+
+
+def upsampling_mass(small: torch.Size | tuple[int, int], large: torch.Size | tuple[int, int], like: Tensor) -> Tensor:
+    """Sum, over all output positions of a bilinear upsampling, of the coefficient of each input position.
+
+    It is what a backward pass of the upsampling gives for a map of ones; k² everywhere if H = k·h and W = k·w with a whole number k.
+
+    Args:
+        small: h, w.
+        large: H, W.
+        like: a tensor of the result's type and device.
+
+    Returns:
+        (h, w).
+    """
+    rows, columns = (_weights(a, b, torch.float64).sum(1) for a, b in zip(small, large))
+    return torch.outer(rows, columns).to(like)

@@ -20,7 +20,7 @@ LR=${LR:-0.001}
 source scripts/common.sh
 
 for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=$LR epochs=$EPOCHS; fi
+    if [[ $step == 0 ]]; then lr=$FIRST_LR epochs=$FIRST_EPOCHS; else lr=$LR epochs=$EPOCHS; fi
     train_step "$step" "$lr" "$epochs" --dataset ade --task 100-50 --overlap --method "$METHOD" "$@"
 done
 summary ade 100-50

@@ -19,7 +19,7 @@ esac
 source scripts/common.sh
 
 for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
+    if [[ $step == 0 ]]; then lr=$FIRST_LR epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
     train_step "$step" "$lr" "$epochs" --dataset ade --task 50 --overlap --method "$METHOD" "$@"
 done
 summary ade 50

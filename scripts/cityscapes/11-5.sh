@@ -16,7 +16,7 @@ EPOCHS=${EPOCHS:-50}
 source scripts/common.sh
 
 for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=0.01; else lr=0.001; fi
+    if [[ $step == 0 ]]; then lr=$FIRST_LR; else lr=0.001; fi
     train_step "$step" "$lr" "$EPOCHS" --dataset cityscapes_domain --task 11-5 --method "$METHOD" "$@"
 done
 summary cityscapes_domain 11-5

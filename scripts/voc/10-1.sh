@@ -20,7 +20,7 @@ esac
 source scripts/common.sh
 
 for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=0.01 epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
+    if [[ $step == 0 ]]; then lr=$FIRST_LR epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
     train_step "$step" "$lr" "$epochs" --dataset voc --task 10-1 --overlap --method "$METHOD" "$@"
 done
 summary voc 10-1

@@ -38,6 +38,7 @@ TERMS = {
     "PLOP": ("ce", "ce pod"),
     "REMINDER": ("ce", "ce csw pod"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
+    "MiB+AWT": ("ce", "ce kd"),
 }
 REGULARISED = {"EWC": ["fisher"], "RW": ["fisher", "score"], "PI": ["score"]}
 
@@ -171,6 +172,7 @@ JOINED = {
     "joined": "--task 6-2 --method LSKD --norm_act iabn_sync --lr 0.001",
     "measured": "--task 6-2 --method EWC --norm_act iabn_sync --lr 0.001",
     "similar": "--task 6-2 --method REMINDER --norm_act iabn_sync --lr 0.001",
+    "attributed": "--task 6-2 --method MiB+AWT --norm_act iabn_sync --lr 0.001 --crop_size 64",
 }
 #: What a method learns beside its weights.
 KINDS = REGULARISED | {"PLOP": ["thresholds"], "LSKD": ["thresholds"], "REMINDER": ["thresholds", "prototypes"]}

@@ -128,6 +128,14 @@ def test_published_schedules(script, method, epochs, rates, batch, project, monk
     assert [2 * opts.batch_size for opts in options] == [batch] * 2
 
 
+@pytest.mark.parametrize("path", ["scripts/voc/15-5s.sh", "scripts/ade/100-10.sh"])
+@pytest.mark.parametrize(("method", "rates"), [("MiB+AWT", [0.02, 0.001])])
+def test_learning_rates_of_methods_that_came_later(path, method, rates, project, monkeypatch):
+    monkeypatch.chdir(project)
+    steps = commands(project, path, METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
+    assert [parsed(command).lr for command in steps] == [[rate] for rate in rates]
+
+
 def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):
     monkeypatch.chdir(project)
     given = {"STEPS": "1 2", "STEP0_CKPT": "my base.pth", "GPUS": "4", "SEED": "7", "EPOCHS": "3", "PRETRAINED": ""}

@@ -291,6 +291,9 @@ MET = {
     "a first --step above 0": "--step 1",
     "a --step above 0": "--step 1",
     "a training (not --test, --dry_run or --check_data)": "",
+    "--init_awt": "--init_awt",
+    "--awt_channels per_class": "--init_awt --awt_channels per_class",
+    "--random_channels": "--init_awt --random_channels",
 }
 #: What leaves an option idle that the defaults do not.
 UNMET = {
