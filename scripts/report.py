@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from metrics.summary import require_complete  # noqa: E402  (the project is run from its folder, not installed)
 from utils.errors import UserError  # noqa: E402
-from utils.reporting import results  # noqa: E402
+from utils.reporting.documents import read as read_document  # noqa: E402
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -156,7 +156,7 @@ def read(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice")
-    documents = [results.read(path) for path in paths]
+    documents = [read_document(path) for path in paths]
     for path, document in zip(paths, documents):
         require_complete(map(int, document["steps"]), path)
     labels = _different([document["name"] for document in documents], [path.stem for path in paths])

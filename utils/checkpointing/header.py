@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.checkpointing.structure import PART_OF_FILE_NAME
+from utils.checkpointing.structure import PART_OF_FILE_NAME, check_history
 from utils.errors import UserError
 from utils.types import TaskLike
 
@@ -29,7 +29,8 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
     described, options = state.get("task"), state.get("options", None if own else {})
     schedule, history = state.get("scheduler_state"), state.get("history", [])
     try:
-        json.dumps([described, options, history])
+        json.dumps([described, options])
+        check_history(history)
         known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
         counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
         counted = counted and isinstance(state.get("iterations", 0), int)
@@ -38,7 +39,7 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
     except (TypeError, ValueError):
         known = counted = plain = False
-    if not (known and counted and plain and isinstance(history, list)):
+    if not (known and counted and plain):
         raise UserError(
             f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
         )

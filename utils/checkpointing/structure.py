@@ -3,7 +3,6 @@ shape than its weight would be read beyond its end by the optimiser."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -17,6 +16,10 @@ PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
 #: What loading a state raises that is built otherwise than expected.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError)
+
+#: Characters of the name of a class or of a loss term.
+LONGEST_NAME = 200
+
 
 #: Values of `--norm_act` whose norms use |weight| + eps as their scale; the others use the weight itself.
 IN_PLACE_NORMS = ("iabn_sync", "iabn")
@@ -79,13 +82,63 @@ def check_log(history: Any, meters: Any) -> None:
     """Refuse what the trainer could not go on counting in.
 
     Raises:
-        ValueError, TypeError: the history is no list of plain dictionaries, or the meters are no sums and a count.
+        ValueError, TypeError: the history is none, or the meters are no sums and a count.
     """
-    json.dumps([history, meters])
+    check_history(history)
     sums, count = meters
-    numbers = all(isinstance(value, (int, float)) for value in (count, *sums.values()))
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history) or not numbers:
+    if not is_number(count) or not _is_numbers(sums):
+        raise ValueError("the meters of the training are none")
+
+
+def check_history(history: Any) -> None:
+    """Refuse what is not the history of a training: an entry an epoch, with the losses and the figures of the balance by name.
+
+    Args:
+        history: of a checkpoint, or of the results that were written from one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(history, list) or not all(map(_is_epoch, history)):
         raise ValueError("the history of the training is none")
+
+
+def _is_epoch(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(map(is_name, entry)):
+        return False
+    named = {key: entry.get(key) for key in ("losses", "balance")}
+    others = [value for key, value in entry.items() if key not in named]
+    single = all(value is None or is_number(value) or is_name(value) for value in others)
+    return single and is_number(entry.get("epoch")) and all(map(_is_numbers, named.values()))
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_name(name) and is_number(number) for name, number in value.items())
+
+
+def is_name(value: Any) -> bool:
+    """Whether this is text that may stand in a table or a figure: of a class, a loss term, a phase."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number that fits into float64 or int64."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (isinstance(value, float) or abs(value) < 1 << 63)
+    )
+
+
+def is_plain(value: Any, levels: int) -> bool:
+    """Whether this is a plain value or a structure of plain values with text as keys, of at most so many levels."""
+    if isinstance(value, dict):
+        parts, named = value.values(), all(isinstance(key, str) for key in value)
+    elif isinstance(value, list):
+        parts, named = value, True
+    else:
+        return value is None or isinstance(value, (str, bool)) or is_number(value)
+    return named and levels > 0 and all(is_plain(part, levels - 1) for part in parts)
 
 
 def scales_in_place(norm: str) -> bool:

@@ -1,8 +1,7 @@
 """The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for.
 
 Scores (IoU, accuracy and their means) are percentages in the JSON, which says so under "unit", in TensorBoard and on the terminal. The
-CSV has the format of the official programs and holds fractions, as their average_csv.py expects. Files of earlier versions, which have
-no "unit", hold fractions in the JSON too; `read` converts them.
+CSV has the format of the official programs and holds fractions, as their average_csv.py expects.
 """
 
 from __future__ import annotations
@@ -21,22 +20,16 @@ import torch
 import torchvision
 from filelock import FileLock
 
-from metrics.summary import average_over_steps, harmonic_mean, missing_steps, summarise
+from metrics.summary import missing_steps, summarise
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.header import plain_options
 from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
+from utils.reporting.documents import UNIT, epoch_in_percent, percent, read
 from utils.types import TaskLike
 
 #: What the official CSV writes for a class that is not learned yet or does not occur.
 ABSENT = "x"
-#: Unit of all scores in the JSON.
-UNIT = "percent"
-#: Entries of a step in the JSON that are scores, numbers or dictionaries of numbers.
-SCORES = (
-    *("old", "new", "all", "average_over_steps", "overall_accuracy", "mean_accuracy", "frequency_weighted_accuracy"),
-    *("class_iou", "class_accuracy"),
-)
 #: Options that change the scores of given weights.
 EVALUATION_OPTIONS = (
     *(
@@ -229,23 +222,8 @@ def _entry(
         "evaluation": _evaluation(opts),
         "weights_sha256": scores["Weights"],
         "confusion_matrix": scores["Confusion Matrix"].tolist(),
-        "epochs": [_epoch_in_percent(epoch) for epoch in history],
+        "epochs": [epoch_in_percent(epoch) for epoch in history],
     }
-
-
-def percent(value: Any) -> Any:
-    """Fractions as percentages: a number, None, or a dictionary of these."""
-    if isinstance(value, dict):
-        return {key: percent(part) for key, part in value.items()}
-    return None if value is None else 100 * value
-
-
-def _epoch_in_percent(epoch: dict[str, Any]) -> dict[str, Any]:
-    """An entry of the history; the validation of earlier versions, "val_miou", was a fraction."""
-    epoch = dict(epoch)
-    if "val_miou" in epoch:
-        epoch["validation_miou"] = percent(epoch.pop("val_miou"))
-    return epoch
 
 
 def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
@@ -295,47 +273,6 @@ def _read_rows(path: Path) -> dict[int, str]:
         if step.isdecimal():
             rows[int(step)] = line
     return rows
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The JSON of a run, scores in percent.
-
-    Args:
-        path: written by this or an earlier version.
-
-    Returns:
-        The document; its "steps" have the entries of `write` by the number of the step, as text, in ascending order.
-
-    Raises:
-        UserError: not the JSON of a run.
-        OSError: the file cannot be read.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        entries = {str(step): dict(document["steps"][str(step)]) for step in sorted(map(int, document["steps"]))}
-        if document.get("unit") is None:
-            entries = {step: _entry_in_percent(entry) for step, entry in entries.items()}
-        well_formed = all(
-            isinstance(value, float | None) for e in entries.values() for value in (e["old"], e["new"], e["all"])
-        ) and all(PART_OF_FILE_NAME.fullmatch(document[key]) for key in ("dataset", "task", "name"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        well_formed = False
-    if not well_formed or document.get("unit", UNIT) != UNIT:
-        raise UserError(f"results file {path} is not one that this program wrote; move it away, then run again")
-    averages = average_over_steps({int(step): entry["all"] for step, entry in entries.items()})
-    for (
-        step,
-        entry,
-    ) in entries.items():  # earlier versions knew no harmonic mean, and averaged in spite of missing steps
-        entry["harmonic_mean"] = harmonic_mean(entry["old"], entry["new"])
-        entry["average_over_steps"] = averages[int(step)]
-    return document | {"unit": UNIT, "steps": entries}
-
-
-def _entry_in_percent(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a step in a file of an earlier version, which held fractions."""
-    scores = {key: percent(entry[key]) for key in SCORES if key in entry}
-    return entry | scores | {"epochs": [_epoch_in_percent(epoch) for epoch in entry.get("epochs", [])]}
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:

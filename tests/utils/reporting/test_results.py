@@ -11,7 +11,7 @@ import torch
 from dataset.tasks import Task
 from metrics.stream_metrics import StreamSegMetrics
 from utils.checkpointing import checkpoint_files
-from utils.reporting import results
+from utils.reporting import documents, results
 
 NAMES = ["background", "cat", "dog", "cow", "horse"]
 STEPS = ((0, 1, 2), (3,), (4,))
@@ -139,7 +139,7 @@ def test_a_file_of_an_earlier_version_is_read_in_percent(tmp_path):
     new = document(tmp_path)
     old = json.loads(json.dumps(new))
     del old["unit"]
-    for key in results.SCORES:
+    for key in documents.SCORES:
         value = old["steps"]["0"][key]
         if isinstance(value, dict):
             old["steps"]["0"][key] = {name: part / 100 for name, part in value.items()}
@@ -148,9 +148,9 @@ def test_a_file_of_an_earlier_version_is_read_in_percent(tmp_path):
     old["steps"]["0"]["epochs"][0]["val_miou"] = 0.25
     path = tmp_path / "d_folder_3-1_n.json"
     path.write_text(json.dumps(old))
-    found = results.read(path)
+    found = documents.read(path)
     assert found["unit"] == "percent"
-    for key in results.SCORES:
+    for key in documents.SCORES:
         assert found["steps"]["0"][key] == pytest.approx(new["steps"]["0"][key]), key
     assert found["steps"]["0"]["epochs"] == [new["steps"]["0"]["epochs"][0] | {"validation_miou": 25.0}]
     write(tmp_path, 1)  # and continued in percent
@@ -162,7 +162,7 @@ def test_a_file_in_another_unit_is_refused(tmp_path):
     path = tmp_path / "d_folder_3-1_n.json"
     path.write_text(json.dumps(document(tmp_path) | {"unit": "parts per million"}))
     with pytest.raises(ValueError, match="move it away"):
-        results.read(path)
+        documents.read(path)
 
 
 @pytest.mark.parametrize(
