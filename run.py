@@ -161,8 +161,8 @@ def dry_run(opts: Namespace, task: Task) -> None:
     """Build everything, train nothing, print one line of JSON about the step."""
     splits = dataset.build(opts, task)
     require_batches(len(splits.train), opts, task)
-    model = segmentation_module.build_network(opts, segmentation_module.network_classes(opts, task), pretrained=False)
-    methods.build(opts, task)
+    classes, method = segmentation_module.network_classes(opts, task), methods.build(opts, task)
+    model = segmentation_module.build_network(opts, classes, False, method.wrap_model)
     store = Store(opts, task)
     if task.step > 0 and store.previous().is_file():
         store.load_previous()

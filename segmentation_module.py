@@ -44,6 +44,8 @@ class SegmentationModel(nn.Module):
         self.head = head
         self.cls = classifiers
         self._frozen: list[nn.Module] = []
+        #: Weights that a checkpoint may lack; they then keep their start.
+        self.optional_names: set[str] = set()
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -243,8 +245,8 @@ def load_weights(
         UserError: names or shapes do not fit, or values are not finite.
     """
     own = model.state_dict()
-    fresh = f"cls.{new_classifier}."
-    missing = [name for name in own if name not in weights and not name.startswith(fresh)]
+    fresh, optional = f"cls.{new_classifier}.", getattr(model, "optional_names", set())
+    missing = [name for name in own if name not in weights and not name.startswith(fresh) and name not in optional]
     unexpected = [name for name in weights if name not in own]
     misshapen = [name for name in own if name in weights and not _alike(own[name], weights[name])]
     tolerant = " (or --strict_weights to take what fits)"

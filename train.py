@@ -268,6 +268,7 @@ class Trainer:
         """Say it once in a step, and keep the state before this iteration for the case that the loss is not finite soon."""
         before = dict(zip((name for name, _ in self.network.named_buffers()), buffers))
         state = self.state_dict()
+        before = {name: value for name, value in before.items() if name in state["model"]}
         # The backward pass needs the buffers as the forward pass left them, so only the copy takes the old ones
         self.divergence.state = copy_to_cpu(state | {"model": state["model"] | before})
         if not self.divergence.warned:

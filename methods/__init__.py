@@ -21,6 +21,7 @@ from methods.lwf_mc import LWFMC, ICarl
 from methods.mib import BalancedInitialisation, MiB
 from methods.pi import PI
 from methods.plop import PLOP, PodDistillation, PseudoLabels
+from methods.rcil import RCIL
 from methods.reminder import REMINDER
 from methods.rw import RW
 
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
         LSKD,
         REMINDER,
         MiBAWT,
+        RCIL,
     )
 }
 

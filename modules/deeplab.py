@@ -15,9 +15,14 @@ from modules.norm import SLOPE
 DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
 
 
-def xavier_(module: nn.Module) -> None:
-    """Fill the convs with Xavier-normal weights at the gain of the leaky ReLU that follows them, biases with zero."""
-    gain = nn.init.calculate_gain("leaky_relu", SLOPE)
+def xavier_(module: nn.Module, gain: float | None = None) -> None:
+    """Fill the convs with Xavier-normal weights, biases with zero.
+
+    Args:
+        module: holds the convs.
+        gain: of the weights; None is that of the leaky ReLU which follows them.
+    """
+    gain = nn.init.calculate_gain("leaky_relu", SLOPE) if gain is None else gain
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.xavier_normal_(m.weight, gain)
@@ -65,8 +70,11 @@ class DeeplabV3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        out = self.map_bn(torch.cat([conv(x) for conv in self.map_convs], dim=1))  # (B, 4·hidden, h, w)
-        return self.red_bn(self.red_conv(out).add_(self._pooled_branch(x)))
+        return self.red_bn(self.red_conv(self.pyramid(x)).add_(self._pooled_branch(x)))
+
+    def pyramid(self, x: Tensor) -> Tensor:
+        """The four parallel convs: (B, in_channels, h, w) -> (B, 4·hidden, h, w), activated."""
+        return self.map_bn(torch.cat([conv(x) for conv in self.map_convs], dim=1))
 
     def _pooled_branch(self, x: Tensor) -> Tensor:
         """Mean of the map in training, of a sliding window in evaluation, through its two convs.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.compensation import TwoBranches
 from modules.deeplab import DeeplabV3
 from modules.norm import ABN
 
@@ -33,7 +34,8 @@ class Activation(nn.Module):
 def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
     """A frozen network that computes the same without norms: every conv takes over the affine map of its norm.
 
-    In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b.
+    In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b. The two branches of a
+    layer of RCIL become one.
 
     Args:
         model: a network in evaluation mode whose parameters take no gradient; norms follow their conv in an
@@ -46,6 +48,8 @@ def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
     assert not model.training, "only the evaluation-mode norm is an affine map"
     model = model if in_place else copy.deepcopy(model)
     for module in list(model.modules()):
+        if isinstance(module, TwoBranches):
+            module.merge_into_one()
         if isinstance(module, DeeplabV3):
             _fold_head(module)
         elif isinstance(module, nn.Sequential):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
 import dataset  # noqa: E402
+import methods  # noqa: E402
 import segmentation_module  # noqa: E402
 from dataset.layout import IMAGE_SUFFIXES  # noqa: E402
 from dataset.tasks import Task  # noqa: E402
@@ -43,7 +44,8 @@ def load(path: Path) -> tuple[nn.Module, Task]:
         raise UserError(f"{path} says neither its network nor its classes; give a checkpoint that run.py wrote")
     task = dataset.described_task(state["task"])
     opts = Namespace(**{**vars(argparser.parse([])), **state["options"]})
-    model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False)
+    wrap = methods.build(opts, task).wrap_model
+    model = segmentation_module.build_network(opts, task.classes_per_step, pretrained=False, wrap=wrap)
     segmentation_module.load_weights(model, state["model_state"], path, strict=True)
     return model.eval(), task
 

@@ -29,7 +29,7 @@ from modules.fold import fold_frozen
 from modules.norm import ABN
 from modules.resnet import Stem
 from run import options_of_step
-from segmentation_module import SegmentationModel, make_model
+from segmentation_module import SegmentationModel, build_network
 from train import Trainer
 from utils.errors import UserError
 from utils.reporting.context import Context
@@ -205,9 +205,9 @@ class Workbench:
         torch.backends.cudnn.benchmark = True
         self.images, self.labels = synthetic_batch(arguments, device)
         method = methods.build(self.opts, self.task)
-        teacher = self._plain_teacher() if method.needs_teacher else None
+        teacher = self._plain_teacher(method) if method.needs_teacher else None
         self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
-        self.student = self._student(teacher)
+        self.student = self._student(method, teacher)
         method.attach(self.student, teacher)
         self.teacher = self.plain_teacher = self.plain_student = None
         if "floor" in parts:
@@ -226,9 +226,10 @@ class Workbench:
             )
             self.trainer.model.train()
 
-    def _plain_teacher(self) -> SegmentationModel:
+    def _plain_teacher(self, method: methods.Method) -> SegmentationModel:
         """The frozen model of the step before, its statistics those of the batch: untrained ones would overflow."""
-        teacher = make_model(self.opts, self.task.at(0).classes_per_step, pretrained=False).to(self.device)
+        classes = self.task.at(0).classes_per_step
+        teacher = build_network(self.opts, classes, False, method.wrap_model).to(self.device)
         momenta = {norm: norm.momentum for norm in teacher.modules() if isinstance(norm, ABN)}
         with torch.no_grad():
             for norm in momenta:
@@ -238,8 +239,8 @@ class Workbench:
             norm.momentum = momentum
         return teacher.eval().requires_grad_(False).to(memory_format=self.layout)
 
-    def _student(self, teacher: nn.Module | None) -> SegmentationModel:
-        student = make_model(self.opts, self.task.classes_per_step, pretrained=False).to(self.device)
+    def _student(self, method: methods.Method, teacher: nn.Module | None) -> SegmentationModel:
+        student = build_network(self.opts, self.task.classes_per_step, False, method.wrap_model).to(self.device)
         if teacher is not None:
             student.load_state_dict(teacher.state_dict(), strict=False)
             student.cls.init_balanced()

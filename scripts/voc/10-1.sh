@@ -13,6 +13,7 @@ FIRST_EPOCHS=${FIRST_EPOCHS:-30}
 case $METHOD in # as published; 30 where nothing is
     PLOP) EPOCHS=${EPOCHS:-10} ;;
     LSKD) EPOCHS=${EPOCHS:-20} ;;
+    RCIL) FIRST_LR=${FIRST_LR:-0.02} EPOCHS=${EPOCHS:-30} ;;
     *) EPOCHS=${EPOCHS:-30} ;;
 esac
 # further variables: scripts/common.sh

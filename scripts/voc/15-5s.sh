@@ -12,6 +12,7 @@ STEPS=${STEPS:-"0 1 2 3 4 5"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
 EPOCHS=${EPOCHS:-30}
 case $METHOD in # as published
+    RCIL) FIRST_LR=${FIRST_LR:-0.02} ;;
     REMINDER) BATCH=${BATCH:-$((16 / GPUS))} ;;
 esac
 # further variables: scripts/common.sh

@@ -37,9 +37,12 @@ TERMS = {
     "MiB": ("ce", "ce kd"),
     "PLOP": ("ce", "ce pod"),
     "REMINDER": ("ce", "ce csw pod"),
+    "RCIL": ("ce", "ce kd pcd/spatial pcd/channel"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
     "MiB+AWT": ("ce", "ce kd"),
 }
+#: Methods whose step 0 serves no other: all classes at once, or other layers.
+OWN_STEP_0 = ("Joint", "RCIL")
 REGULARISED = {"EWC": ["fisher"], "RW": ["fisher", "score"], "PI": ["score"]}
 
 
@@ -98,7 +101,7 @@ def test_classifiers_of_all_steps_are_in_the_last_checkpoint(finished):
     assert [state[f"cls.{step}.weight"].shape[0] for step in range(3)] == [7, 2, 2]
 
 
-@pytest.mark.parametrize("method", [name for name in TERMS if name != "Joint"])
+@pytest.mark.parametrize("method", [name for name in TERMS if name not in OWN_STEP_0])
 def test_step_0_of_any_method_serves_lskd(method, finished, tmp_path):
     words = f"--task 6-2 --step 1 --method LSKD --step_ckpt '{checkpoint(finished(method), 0)}'"
     assert thin.launch(tmp_path, words) == 0

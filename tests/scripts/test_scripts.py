@@ -109,6 +109,9 @@ def test_schedules_run_every_step_of_their_task(path, method, project, monkeypat
 PUBLISHED = [
     ("voc/10-1", "PLOP", [30, 10], [0.01, 0.001], 24),
     ("voc/10-1", "LSKD", [30, 20], [0.01, 0.001], 24),
+    ("voc/15-5s", "RCIL", [30, 30], [0.02, 0.001], 24),
+    ("voc/10-1", "RCIL", [30, 30], [0.02, 0.001], 24),
+    ("ade/100-10", "RCIL", [60, 60], [0.01, 0.001], 24),
     ("voc/15-5s", "REMINDER", [30, 30], [0.01, 0.001], 16),
     ("voc/15-5", "REMINDER", [30, 30], [0.01, 0.001], 24),
     ("ade/100-50", "REMINDER", [60, 70], [0.01, 0.0008], 10),

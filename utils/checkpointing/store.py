@@ -19,7 +19,10 @@ from utils.errors import UserError
 from utils.types import TaskLike
 
 #: What must be the same at all steps, because it shapes the network or says what its weights mean.
-NETWORK_OPTIONS = ("backbone", "norm_act", "output_stride", "cosine", "nb_background_modes")
+NETWORK_OPTIONS = (
+    *("backbone", "norm_act", "output_stride", "cosine", "nb_background_modes"),
+    *("rcil_network", "rcil_stem"),
+)
 
 #: States of a step under way: the last, the one before it, and the one that is being written.
 STATES = 3
