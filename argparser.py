@@ -259,6 +259,7 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     add("--logdir", type=str, default="./logs", help="folder of TensorBoard files")
     add("--visualize", action="store_false", help="do NOT write pictures to TensorBoard")
     add("--sample_num", type=int, default=0, help="validation pictures shown in TensorBoard")
+    add("--pictures", type=int, default=4, help="test images whose predictions are kept with the results of each step")
     add("--print_interval", type=int, default=10, help="iterations between two log lines")
     switch("--no_progress", help="no progress bars")
 

@@ -45,9 +45,10 @@ from utils.checkpointing import checkpoint_files
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
 from utils.options.spelling import given
-from utils.reporting import results, visualize
+from utils.reporting import pictures, results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
+from utils.reporting.pictures import Legend, Sample
 from utils.runtime import amp, distributed, errors, memory
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped, StopRequest
@@ -448,6 +449,23 @@ class StepRun:
         if self.opts.visualize:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)
+        distributed.on_main(lambda: self._keep_pictures(trainer, iterations))
+
+    def _keep_pictures(self, trainer: Trainer, iterations: int) -> None:
+        """Draw the test images that every step of the task draws: beside the results, and in TensorBoard."""
+        opts, task = self.opts, self.task
+        if opts.pictures == 0:
+            return
+        images, truths = zip(*dataset.pictured(opts, task, opts.pictures))
+        masks = [prediction.byte().numpy() for prediction in trainer.predict_each(images)]
+        pixels = [denormalise(image).permute(1, 2, 0).numpy() for image in images]  # 3×H×W → H×W×3
+        samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]
+        names, ids = dataset.class_names(opts), task.at(task.last_step).label_ids
+        legend = Legend.of_task([names[label] for label in ids], ids, dataset.colours(opts))
+        pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
+        for number, sample in enumerate(samples if opts.visualize else ()):
+            panel = pictures.panel(sample, legend, f"{task.name}, after step {task.step}")
+            self.log.image(f"test/picture{number}", panel, iterations)
 
 
 if __name__ == "__main__":

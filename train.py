@@ -378,6 +378,21 @@ class Trainer:
             logits[:, 0] = -math.inf
         return logits.argmax(dim=1)
 
+    def predict_each(self, images: Iterable[Tensor]) -> list[Tensor]:
+        """Most likely class of every pixel of single images, in evaluation mode; may be called on one process alone.
+
+        Args:
+            images: (3, H, W) normalised, of any sizes.
+
+        Returns:
+            For each (H, W) int64 on the CPU.
+        """
+        was_training = self.network.training
+        self.network.eval()
+        predictions = [self.predict(image[None])[0].cpu() for image in images]
+        self.network.train(was_training)
+        return predictions
+
     def _share_buffers(self) -> None:
         """Norm statistics that are not synchronised differ between processes: the main process's are evaluated."""
         distributed.broadcast_(list(self.network.buffers()))

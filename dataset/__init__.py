@@ -23,6 +23,7 @@ from dataset.tasks import Task
 from dataset.transform import EvalTransform, FullImage, TrainTransform
 from dataset.voc import Voc
 from utils.errors import UserError
+from utils.reporting.visualize import colour_map
 from utils.types import IGNORE
 
 #: Every value of `--dataset`; None is the embedded data set, which has no files and so no layout.
@@ -36,16 +37,8 @@ DATASETS: dict[str, Layout | None] = {
 
 __all__ = [
     *("DATASETS", "SegmentationSet", "Splits", "Task"),
-    *(
-        "build",
-        "check_data",
-        "class_names",
-        "described_task",
-        "load_task",
-        "replay_set",
-        "labels_of_test",
-        "labels_of_validation",
-    ),
+    *("build", "check_data", "class_names", "colours", "described_task", "load_task", "pictured", "replay_set"),
+    *("labels_of_test", "labels_of_validation"),
 ]
 
 
@@ -59,6 +52,14 @@ def class_names(opts: Namespace) -> tuple[str, ...]:
     """
     layout = _layout(opts)
     return shapes.CLASSES if layout is None else layout.read_classes(_root(opts))
+
+
+def colours(opts: Namespace) -> np.ndarray:
+    """(256, 3) uint8, the colour in which `opts.dataset` draws each class id; Pascal VOC's where it has none of its own."""
+    table, layout = colour_map(), _layout(opts)
+    if layout is not None and layout.palette:
+        table[: len(layout.palette)] = layout.palette
+    return table
 
 
 def load_task(opts: Namespace, step: int) -> Task:
@@ -140,6 +141,34 @@ def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> Segmentat
     source = _source(opts, train=True)
     labels = task.label_table("current+old", ignore_background=opts.disable_background)
     return _labelled(source, np.asarray(indices), labels, TrainTransform(opts.crop_size), opts.random_seed, task.step)
+
+
+def pictured(opts: Namespace, task: Task, count: int) -> SegmentationSet:
+    """A few test images that every step of a task draws, labelled with all classes of the task.
+
+    They are the same at every step. Each shows as many classes as possible that those before it do not show.
+
+    Args:
+        opts: as for `build`.
+        task: any step of the task.
+        count: of images; fewer if the data set has fewer.
+    """
+    last = task.at(task.last_step)
+    source = _source(opts, train=opts.val_on_trainset)
+    ids = _wanted(task, last.seen)
+    shows = source.presence()[:, ids].copy()  # images × classes
+    chosen: list[int] = []
+    while len(chosen) < min(count, int(source.presence()[:, ids].any(axis=1).sum())):
+        if not shows.any():  # every class is shown: begin again with the images that are left
+            shows = source.presence()[:, ids].copy()
+            shows[chosen] = False
+        best = int(shows.sum(axis=1).argmax())
+        chosen.append(best)
+        shows[:, shows[best]] = False
+        shows[best] = False
+    evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
+    labels = last.label_table("test", ignore_background=opts.ignore_test_bg)
+    return _labelled(source, np.asarray(chosen, dtype=np.int64), labels, evaluate)
 
 
 def labels_of_validation(opts: Namespace, task: Task) -> str:

@@ -37,6 +37,12 @@ class CityscapesDomain(Layout):
         "frankfurt", "lindau", "munster",
     )  # fmt: skip
 
+    palette = (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+        (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+        (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    )  # fmt: skip
+
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
         """80 % (train) or 20 % of the files of every city."""
         found = []

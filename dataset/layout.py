@@ -33,6 +33,7 @@ class Layout:
         classes: names of the classes by id, background first; of the labels in a domain-incremental data set.
         domains: names of the domains, or empty.
         split_names: names of the training and the validation split.
+        palette: colour (red, green, blue) of each class id; empty: those of Pascal VOC.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layout:
     classes: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     split_names: tuple[str, str] = ("train", "val")
+    palette: tuple[tuple[int, int, int], ...] = ()
 
     def read_classes(self, root: Path) -> tuple[str, ...]:
         """Names of the classes; a data set whose files name them reads them here."""

@@ -6,14 +6,14 @@
 What stands after `--` goes to run.py, for all methods; several values of `--lr` there are meant for all steps of the task.
 `--only "EWC=--reg_importance 10"` adds words for one method. Methods that only differ from step 1 on share one step 0 per seed, as
 the papers do.
-A comparison that was stopped continues where it was. Beside the table, `--out` gets a figure of the mIoU by step.
+A comparison that was stopped continues where it was. Beside the table, `--out` gets a figure
+of the mIoU by step and report.html, one page with everything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,11 +27,9 @@ sys.path.insert(0, str(ROOT))
 import argparser  # noqa: E402  (the project is run from its folder, not installed)
 import dataset  # noqa: E402
 import methods  # noqa: E402
-from metrics.summary import require_complete  # noqa: E402
-from scripts.report import draw_steps, markdown  # noqa: E402
 from utils import scheduler  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.reporting import results  # noqa: E402
+from utils.reporting import figures, page, runs  # noqa: E402
 
 #: Name under which the shared step 0 is trained.
 BASE = "base"
@@ -124,33 +122,22 @@ def first_run(arguments: argparse.Namespace, method: str) -> tuple[str, list[str
     return (BASE, []) if shared else (method, of_method(arguments, method))
 
 
-def train_later(arguments: argparse.Namespace, method: str, seed: int) -> list[dict]:
-    """All steps after step 0.
-
-    Returns:
-        The JSON entries of all steps of the method, in order.
-
-    Raises:
-        UserError: the results of the method lack a step.
-    """
+def train_later(arguments: argparse.Namespace, method: str, seed: int) -> Path:
+    """All steps after step 0; returns the JSON of the run, which has the scores of step 0 too."""
     name, _ = first_run(arguments, method)
     if method == "Joint":
-        return entries_of(arguments, f"{name}-seed{seed}", "offline")
+        return results_of(arguments, f"{name}-seed{seed}", "offline")
     opts = argparser.parse([*arguments.words, "--method", method])
     task = dataset.load_task(opts, 0)
     start = Path(arguments.out) / "checkpoints" / f"{task.name}-{task.dataset}_{name}-seed{seed}_0.pth"
     own, later = of_method(arguments, method), range(1, task.last_step + 1)
     words = [*own, "--step_ckpt", str(start), *_epochs(arguments.epochs_later), *rates(arguments, own, later)]
     run(arguments, words_of(arguments, seed, method, [*words, "--step", *map(str, later)]))
-    return entries_of(arguments, f"{method}-seed{seed}", task.name)
+    return results_of(arguments, f"{method}-seed{seed}", task.name)
 
 
-def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
-    """Every method and seed, `--jobs` processes at a time.
-
-    Returns:
-        By method, for each seed the entries of its steps.
-    """
+def train_all(arguments: argparse.Namespace) -> list[Path]:
+    """Every method and seed, `--jobs` processes at a time; returns the JSON files of the runs."""
     first = {first_run(arguments, method)[0]: method for method in arguments.methods}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for job in [pool.submit(train_first, arguments, m, seed) for m in first.values() for seed in arguments.seeds]:
@@ -158,7 +145,7 @@ def train_all(arguments: argparse.Namespace) -> dict[str, list[list[dict]]]:
         # The last named method, mostly the newest, takes longest: started first, it does not run on alone at the end.
         order = list(reversed(arguments.methods))
         jobs = {m: [pool.submit(train_later, arguments, m, seed) for seed in arguments.seeds] for m in order}
-        return {method: [job.result() for job in jobs[method]] for method in arguments.methods}
+        return [job.result() for method in arguments.methods for job in jobs[method]]
 
 
 def rates(arguments: argparse.Namespace, own: list[str], steps: Sequence[int]) -> list[str]:
@@ -183,37 +170,10 @@ def _epochs(number: int | None) -> list[str]:
     return [] if number is None else ["--epochs", str(number)]
 
 
-def entries_of(arguments: argparse.Namespace, name: str, task: str) -> list[dict]:
-    """JSON entries of all steps of one run, in order."""
+def results_of(arguments: argparse.Namespace, name: str, task: str) -> Path:
+    """The JSON of one run."""
     data = argparser.parse(arguments.words).dataset
-    path = Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json"
-    steps = results.read(path)["steps"]
-    require_complete(map(int, steps), path)
-    return list(steps.values())
-
-
-def percent(values: list[float | None]) -> str:
-    """Mean ± standard deviation of percentages, "-" where there is nothing."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return "-"
-    spread = f" ± {statistics.stdev(present):.1f}" if len(present) > 1 else ""
-    return f"{statistics.fmean(present):.1f}{spread}"
-
-
-def table(entries: dict[str, list[list[dict]]]) -> str:
-    """Markdown: old, new and all after the last step, and the average over steps.
-
-    Args:
-        entries: by method, for each seed the entries of its steps.
-    """
-    rows = []
-    for method, seeds in entries.items():
-        last = [steps[-1] for steps in seeds]
-        rows.append(
-            [method, *(percent([entry[key] for entry in last]) for key in ("old", "new", "all", "average_over_steps"))]
-        )
-    return markdown(["method", "old", "new", "all", "average over steps"], rows)
+    return Path(arguments.out) / "results" / f"all_{data}_{task}_{name}.json"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -253,21 +213,18 @@ def main(argv: list[str] | None = None) -> int:
     """Train, print the table, draw the figure."""
     arguments = parse(argv)
     try:
-        entries = train_all(arguments)
+        tasks = runs.by_task(runs.read(train_all(arguments)))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = table(entries)
+    text = "\n\n".join(page.summary_table(task).markdown() for task in tasks)
     out = Path(arguments.out)
     (out / "table.md").write_text(text + "\n")
-    curves = {
-        method: [{number: step["all"] for number, step in enumerate(steps)} for steps in seeds]
-        for method, seeds in entries.items()
-        if len(seeds[0]) > 1
-    }
-    draw_steps(curves, out / "miou_by_step.png")
+    page.write(tasks, out / "report.html")
+    figures.draw_steps(tasks[0]).savefig(out / "miou_by_step.png", dpi=150)
     print(
-        f"\nmIoU in %, {len(arguments.seeds)} seed(s), after the last step\n\n{text}\n\nfigure: {out / 'miou_by_step.png'}"
+        f"\nmIoU in %, {len(arguments.seeds)} seed(s), after the last step\n\n{text}\n\nfigure: {out / 'miou_by_step.png'}\n"
+        f"page to open: {out / 'report.html'}"
     )
     return 0
 

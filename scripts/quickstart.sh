@@ -17,4 +17,4 @@ read -r -a methods <<<"$METHODS"
   --dataset shapes --task 6-2 --overlap --backbone resnet18 --no_pretrained --norm_act iabn --output_stride 8 \
   --crop_size 64 --shapes_train 900 --batch_size 12 --lr 0.05 0.01 --num_workers 0 --val_interval 1000 --ckpt_interval 1000 --no_progress \
   --threads 1 "$@"
-"$python" "$root/scripts/report.py" "$OUT"/results/*.json --out "$OUT/report"
+"$python" "$root/scripts/report.py" "$OUT" --out "$OUT/report" --formats png

@@ -57,8 +57,8 @@ from scripts.benchmark.workbench import (  # noqa: E402
     ratios,
     write_files,
 )
-from scripts.report import markdown  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.reporting.tables import Table  # noqa: E402
 from utils.types import TAP_NAMES  # noqa: E402
 
 WHAT = ("iteration", "data", "scan", "validation", "memory", "growth")
@@ -242,7 +242,7 @@ def table(found: dict) -> str:
         for point in points:
             seconds = f"floor {point['floor_s']:.4g} s, iteration {point['iteration_s']:.4g} s"
             rows.append([f"{name} {point['value']}", f"{seconds}, ratio {point['ratio']:.3f}"])
-    return markdown(["measure", "value"], rows)
+    return Table(["measure", "value"], rows).markdown()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

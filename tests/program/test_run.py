@@ -10,13 +10,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dataset
 import methods
 import run
+from dataset import shapes
 from tests.support import events, thin, tiny_folder
 from tests.support.paths import ROOT
 from utils.checkpointing import checkpoint_files
+from utils.reporting import pictures
 
 BASE = "6-2-shapes_n_0.pth"
 
@@ -61,14 +64,14 @@ def copy(trained, tmp_path):
 
 def test_files_of_a_run(trained):
     names = [name for name in written(trained) if not name.startswith("logs")]
-    shown = [name for name in names if "/." not in name]
+    shown = [name for name in names if "/." not in name and "_pictures/" not in name]
     assert shown == [
         "checkpoints/6-2-shapes_n_0.pth",
         "checkpoints/6-2-shapes_n_1.pth",
         "results/d_shapes_6-2_n.csv",
         "results/d_shapes_6-2_n.json",
     ]
-    assert all(name.endswith(".lock") for name in set(names) - set(shown))
+    assert all(name.endswith(".lock") for name in set(names) - set(shown) if "_pictures/" not in name)
 
 
 def test_checkpoint_has_the_official_keys(trained):
@@ -129,9 +132,10 @@ def test_tensorboard_has_every_term_by_name(trained):
     assert next(v for (name, _), v in after.items() if name == "val/mIoU_training_labels") == pytest.approx(
         entry["epochs"][0]["validation_miou"]
     )
-    assert events.pictures(logs / "step-1").keys() == {"test/confusion", "test/sample0", "test/sample1"}
+    shown = {f"test/picture{number}" for number in range(4)}
+    assert events.pictures(logs / "step-1").keys() == {"test/confusion", "test/sample0", "test/sample1"} | shown
     assert events.pictures(logs / "step-1")["test/sample0"] == (32, 96)
-    assert events.pictures(logs / "step-0").keys() == {"test/confusion"}
+    assert events.pictures(logs / "step-0").keys() == {"test/confusion"} | shown
 
 
 def test_lambda_is_logged_by_term_and_kept_in_the_checkpoint(copy):
@@ -379,3 +383,20 @@ def test_the_real_network_in_a_process_of_its_own(tmp_path):
     assert state["model_state"]["module.body.mod5.block2.convs.conv2.weight"].shape == (512, 512, 3, 3)
     assert done.stderr == ""
     shutil.rmtree(tmp_path / "checkpoints")  # 120 MB
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_the_same_test_images_are_kept_after_every_step(trained):
+    shown = pictures.read(trained / "results" / "d_shapes_6-2_n.json")
+    assert shown.steps == [0, 1] and len(shown.rows) == 4
+    assert all(path is not None for row in shown.rows for path in row)
+    truth, prediction = (np.asarray(Image.open(path)) for path in (shown.rows[0][1], shown.rows[0][3]))
+    assert truth.shape == prediction.shape == (32, 32) and set(shown.legend) <= set(shapes.CLASSES)
+    assert max(np.asarray(Image.open(row[1])).max() for row in shown.rows) >= 6  # a class of a later step is shown
+
+
+def test_no_pictures_on_request(tmp_path):
+    assert start(tmp_path, "--task 6-2 --step 0 --method FT --pictures 0 --shapes_train 4") == 0
+    assert not (tmp_path / "results" / "d_shapes_6-2_n_pictures").exists()

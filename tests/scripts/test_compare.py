@@ -135,22 +135,6 @@ def test_words_for_no_method_are_refused(text, capsys):
     assert stop.value.code == 2 and "METHOD=WORDS" in capsys.readouterr().err
 
 
-def test_table_by_hand():
-    def step(old, new, every, average=None):
-        return {"old": old, "new": new, "all": every, "average_over_steps": average or every}
-
-    text = compare.table(
-        {
-            "A": [[step(80, None, 80), step(50, 10, 40, 60)], [step(60, None, 60), step(70, 30, 60, 60)]],
-            "Joint": [[step(50, None, 50)], [step(50, None, 50)]],
-        }
-    )
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
-    # sample standard deviations: of 50 and 70, 10 and 30, 40 and 60 it is 14.1; the averages are both 60
-    assert rows[0] == ["A", "60.0 ± 14.1", "20.0 ± 14.1", "50.0 ± 14.1", "60.0 ± 0.0"]
-    assert rows[1] == ["Joint", "50.0 ± 0.0", "-", "50.0 ± 0.0", "50.0 ± 0.0"]
-
-
 def test_a_comparison_from_end_to_end(tmp_path, capfd):
     words = ["--methods", "FT", "EWC", "--jobs", "2", "--out", str(tmp_path / "a b"), "--epochs_step0", "1"]
     words += ["--epochs_later", "1", "--only", "EWC=--reg_importance 3", "--", *TINY, "--lr", "0.01", "0.002"]
@@ -166,6 +150,9 @@ def test_a_comparison_from_end_to_end(tmp_path, capfd):
     shared, later = (stored[f"all_shapes_6-4_{name}-seed42"]["steps"] for name in ("base", "FT"))
     assert later["0"] == shared["0"]
     assert later["1"]["average_over_steps"] == pytest.approx((later["0"]["all"] + later["1"]["all"]) / 2)
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert (out / "results" / "all_shapes_6-4_FT-seed42_pictures" / "3_step1.png").is_file()
+    assert (out / "results" / "all_shapes_6-4_FT-seed42_pictures" / "3_step0.png").is_file()  # of the shared step 0
     assert f"| {later['1']['average_over_steps']:.1f} " in (out / "table.md").read_text()
     first = capfd.readouterr().out
     assert compare.main(words) == 0  # nothing is trained twice

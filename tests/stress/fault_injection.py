@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scripts.report import markdown  # noqa: E402
 from tests.stress import fault_inputs, fault_saving  # noqa: E402  (the project is run from its folder, not installed)
 from tests.stress.fault_parts import (  # noqa: E402
     BETWEEN,
@@ -43,6 +42,7 @@ from tests.stress.fault_parts import (  # noqa: E402
     outcome,
     words,
 )
+from utils.reporting.tables import Table  # noqa: E402
 
 #: How often a place is entered in a run, so that a kill does not always hit the first time.
 TIMES = {TRAINING: 4, SAVING: 4, VALIDATION: 3, BETWEEN: 1, START: 1, FINISHING: 2, TEST: 2, RECORDING: 2}
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         report["inputs"] = fault_inputs.study(out / "inputs", arguments.inputs, arguments.seed)
     (out / "faults.json").write_text(json.dumps(report, indent=1))
     table = rows(report)
-    print(markdown(["what", "tried", "not survived"], table))
+    print(Table(["what", "tried", "not survived"], table).markdown())
     return int(any(row[-1] != "0" for row in table))
 
 

@@ -371,7 +371,17 @@ def _same(dest: str, theirs: Any, mine: Any) -> bool:
 MAY_CHANGE_ON_RESUME = frozenset(
     # where things are, how much is said
     ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
-    + ("debug", "no_progress", "print_interval", "sample_num", "visualize", "dry_run", "check_data", "list_methods")
+    + (
+        "debug",
+        "no_progress",
+        "print_interval",
+        "sample_num",
+        "pictures",
+        "visualize",
+        "dry_run",
+        "check_data",
+        "list_methods",
+    )
     # how the run is started and kept
     + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")

@@ -27,7 +27,7 @@ SHARED = Rules(
         "batch_size": (1, 10**5), "crop_size": (1, 2**14), "shapes_train": (1, 10**6), "shapes_val": (1, 10**6),
         "step": (0, 10**4), "epochs": (1, 10**6), "lr_decay_step": (1, LARGE), "skip_nonfinite": (0, LARGE),
         "ckpt_interval": (1, LARGE), "print_interval": (1, LARGE), "val_interval": (1, LARGE),
-        "sample_num": (0, 10**5), "pooling": (1, 2**12), "ckpt_minutes": (0, LARGE), "lr_old": (0, LARGE),
+        "sample_num": (0, 10**5), "pictures": (0, 100), "pooling": (1, 2**12), "ckpt_minutes": (0, LARGE), "lr_old": (0, LARGE),
         "weight_decay": (0, LARGE), "lr_power": (0, LARGE),
     },
     positive={"lr": LARGE, "lr_decay_factor": LARGE},

@@ -25,6 +25,7 @@ from utils.checkpointing import checkpoint_files
 from utils.checkpointing.header import plain_options
 from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
+from utils.reporting import pictures
 from utils.reporting.documents import UNIT, epoch_in_percent, percent, read
 from utils.types import TaskLike
 
@@ -159,6 +160,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
     known = all(step in rows and entries[str(step)].get("evaluation") == _evaluation(opts) for step in steps)
     if known:
         _record(opts, task, {step: rows[step] for step in steps}, entries)
+        pictures.copy_steps(pictures.folder_of(path), pictures.folder_of(csv_path(opts, task)), task.step)
     return known
 
 

@@ -396,9 +396,10 @@ def test_outputs(tmp_path, monkeypatch):
     assert [row[0] for row in thin.rows(tmp_path)] == ["0", "1"]
 
     monkeypatch.setattr(Trainer, "fit", lambda *args: pytest.fail("--test trains nothing"))
-    shown = [word for word in thin.words(tmp_path, f"{words} --step 0 --sample_num 2 --test") if word != "--visualize"]
+    words += " --step 0 --sample_num 2 --pictures 3 --test"
+    shown = [word for word in thin.words(tmp_path, words) if word != "--visualize"]
     assert run.main(shown) == 0
-    assert pictures == ["test/confusion", "test/sample0", "test/sample1"]
+    assert pictures == ["test/confusion", "test/sample0", "test/sample1", *(f"test/picture{i}" for i in range(3))]
 
 
 @shows("random_seed")
