@@ -462,7 +462,10 @@ class StepRun:
         samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]
         names, ids = dataset.class_names(opts), task.at(task.last_step).label_ids
         legend = Legend.of_task([names[label] for label in ids], ids, dataset.colours(opts))
-        pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
+        try:
+            pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
+        except OSError as error:  # the scores are recorded; pictures are no reason to end a run
+            self.log.info(f"note: the pictures of step {task.step} are not kept: {error}")
         for number, sample in enumerate(samples if opts.visualize else ()):
             panel = pictures.panel(sample, legend, f"{task.name}, after step {task.step}")
             self.log.image(f"test/picture{number}", panel, iterations)

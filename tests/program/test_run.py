@@ -400,3 +400,11 @@ def test_the_same_test_images_are_kept_after_every_step(trained):
 def test_no_pictures_on_request(tmp_path):
     assert start(tmp_path, "--task 6-2 --step 0 --method FT --pictures 0 --shapes_train 4") == 0
     assert not (tmp_path / "results" / "d_shapes_6-2_n_pictures").exists()
+
+
+def test_pictures_that_cannot_be_written_do_not_end_a_run(tmp_path, capfd):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "d_shapes_6-2_n_pictures").write_text("a file stands in the folder's place")
+    assert start(tmp_path, "--task 6-2 --step 0 --method FT --shapes_train 4") == 0
+    assert "note: the pictures of step 0 are not kept" in capfd.readouterr().out
+    assert list(thin.document(tmp_path)["steps"]) == ["0"]

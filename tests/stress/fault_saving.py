@@ -171,7 +171,7 @@ def _refused(argv: list[str], *parts: str) -> str:
 
 def _whole(folder: Path) -> str:
     """What is wrong with the CSV and JSON files of a folder."""
-    for path in (folder / "results").glob("[!.]*"):
+    for path in (folder / "results").glob("[!.]*.*"):
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif not path.read_text().endswith("\n") or any(

@@ -253,7 +253,7 @@ def test_notes_say_what_does_nothing():
     assert not [note for note in argparser.notes(parse(f"{SHAPES} --method PLOP --step 1")) if "nothing here" in note]
 
 
-#: What makes an idle option do something.
+#: What makes an idle option do something, where the need is not just a switch or a number above 0.
 MET = {
     "--loss_kd above 0": "--loss_kd 1",
     "--kd_mask": "--kd_mask new",
@@ -310,10 +310,12 @@ UNMET = {
     ("need", "dest"), [(need, dest) for rule in RULES for need, _, dests in rule.idle for dest in dests]
 )
 def test_notes_say_what_an_option_needs(need, dest):
+    met = MET.get(need, need.replace(" above 0", " 1"))  # "--option" and "--option above 0" say it themselves
+
     def said(others):
         return f"--{dest} does nothing here: it needs {need}" in argparser.notes(parse(f"{others} {words(dest)}"))
 
-    assert said(UNMET.get(need, "")) and not said(MET[need])
+    assert said(UNMET.get(need, "")) and not said(met)
 
 
 def test_flags_that_need_a_method_are_not_remarked_on_in_its_own_command():
