@@ -12,6 +12,7 @@ from dataset.tasks import Task
 from methods.awt import MiBAWT
 from methods.base import Method, Part
 from methods.ewc import EWC, WeightPenalty
+from methods.ewf import LSKDEWF, PLOPEWF, MiBEWF
 from methods.ft import FT, BackgroundModes, Classification, EntropyMinimisation, WeightAlignment
 from methods.ilt import ILT, BodyDistillation
 from methods.joint import Joint
@@ -43,6 +44,9 @@ METHODS: dict[str, type[Method]] = {
         REMINDER,
         MiBAWT,
         RCIL,
+        MiBEWF,
+        PLOPEWF,
+        LSKDEWF,
     )
 }
 

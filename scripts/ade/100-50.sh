@@ -12,6 +12,7 @@ STEPS=${STEPS:-"0 1"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-60}
 case $METHOD in # as published; 60 epochs where nothing is
     REMINDER) EPOCHS=${EPOCHS:-70} LR=${LR:-0.0008} BATCH=${BATCH:-$((10 / GPUS))} ;;
+    MiB+EWF) EPOCHS=${EPOCHS:-60} BATCH=${BATCH:-$((48 / GPUS))} ;;
     *) EPOCHS=${EPOCHS:-60} ;;
 esac
 LR=${LR:-0.001}

@@ -40,6 +40,9 @@ TERMS = {
     "RCIL": ("ce", "ce kd pcd/spatial pcd/channel"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
     "MiB+AWT": ("ce", "ce kd"),
+    "MiB+EWF": ("ce", "ce kd"),
+    "PLOP+EWF": ("ce", "ce pod"),
+    "LSKD+EWF": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
 }
 #: Methods whose step 0 serves no other: all classes at once, or other layers.
 OWN_STEP_0 = ("Joint", "RCIL")
@@ -176,11 +179,16 @@ JOINED = {
     "measured": "--task 6-2 --method EWC --norm_act iabn_sync --lr 0.001",
     "similar": "--task 6-2 --method REMINDER --norm_act iabn_sync --lr 0.001",
     "attributed": "--task 6-2 --method MiB+AWT --norm_act iabn_sync --lr 0.001 --crop_size 64",
+    "fused": "--task 6-2 --method MiB+EWF --norm_act iabn_sync --lr 0.001",
 }
+#: Methods whose parts are those of other commands.
+COMPOSED = {"PLOP+EWF", "LSKD+EWF"}
 #: What a method learns beside its weights.
 KINDS = REGULARISED | {"PLOP": ["thresholds"], "LSKD": ["thresholds"], "REMINDER": ["thresholds", "prototypes"]}
 #: What the two processes run: every method, flags that touch the parameters besides the loss, and a run that one process repeats.
-COMMANDS = {method: f"{TASK.get(method, EVERY_STEP)} --method {method}" for method in TERMS} | {
+COMMANDS = {
+    method: f"{TASK.get(method, EVERY_STEP)} --method {method}" for method in TERMS if method not in COMPOSED
+} | {
     "fixed": f"{EVERY_STEP} --fix_bn",
     "modes": f"{EVERY_STEP} --nb_background_modes 3 --init_multimodal softmax_init",
     "aligned": f"{EVERY_STEP} --align_weight all --align_weight_frequency epoch",

@@ -118,6 +118,11 @@ PUBLISHED = [
     ("ade/100-10", "REMINDER", [60, 70], [0.01, 0.001], 10),
     ("ade/100-5", "REMINDER", [60, 70], [0.01, 0.001], 10),
     ("ade/50", "REMINDER", [60, 70], [0.01, 0.001], 10),
+    ("voc/15-5s", "MiB+AWT", [30, 30], [0.02, 0.001], 24),
+    ("ade/100-10", "MiB+AWT", [60, 60], [0.02, 0.001], 24),
+    ("voc/10-1", "MiB+EWF", [30, 30], [0.01, 0.001], 24),
+    ("ade/100-50", "MiB+EWF", [60, 60], [0.01, 0.001], 48),
+    ("ade/100-10", "MiB+EWF", [60, 60], [0.01, 0.001], 24),
 ]
 
 
@@ -129,14 +134,6 @@ def test_published_schedules(script, method, epochs, rates, batch, project, monk
     assert [opts.epochs for opts in options] == epochs
     assert [opts.lr for opts in options] == [[rate] for rate in rates]
     assert [2 * opts.batch_size for opts in options] == [batch] * 2
-
-
-@pytest.mark.parametrize("path", ["scripts/voc/15-5s.sh", "scripts/ade/100-10.sh"])
-@pytest.mark.parametrize(("method", "rates"), [("MiB+AWT", [0.02, 0.001])])
-def test_learning_rates_of_methods_that_came_later(path, method, rates, project, monkeypatch):
-    monkeypatch.chdir(project)
-    steps = commands(project, path, METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
-    assert [parsed(command).lr for command in steps] == [[rate] for rate in rates]
 
 
 def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):

@@ -291,6 +291,7 @@ MET = {
     "a first --step above 0": "--step 1",
     "a --step above 0": "--step 1",
     "a training (not --test, --dry_run or --check_data)": "",
+    "--csw_kd above 0": "--csw_kd 1",
     "--init_awt": "--init_awt",
     "--awt_channels per_class": "--init_awt --awt_channels per_class",
     "--random_channels": "--init_awt --random_channels",

@@ -1,0 +1,163 @@
+"""EWF: endpoints weight fusion, a mean of the networks before and after a step.
+
+training   the base method's, with the earlier classifiers frozen (--fix_pre_cls)
+fusion     after the last epoch of a step t ≥ 1:  θ ← (1 − α)·θ_{t−1} + α·θ_t,  α = sqrt(C_new / C)  (--weight_fusion)
+
+θ_{t−1} is the checkpoint of step t−1. Every entry of it is fused: weights, norms with their running statistics, and the earlier
+classifiers; the newest classifier has no counterpart and stays as trained. The fused weights are the step's checkpoint: they are
+tested, start the next student and are the next teacher and the next endpoint. The optimiser's state stays that of the training.
+
+Reference: Xiao et al., "Endpoints Weight Fusion for Class Incremental Semantic Segmentation", CVPR 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dataset.sampler import TrainingBatches
+from dataset.tasks import Task
+from methods.base import Method, Part, Previous, Rules
+from methods.lskd import LSKD
+from methods.mib import MiB
+from methods.plop import PLOP
+from segmentation_module import SegmentationModel
+from utils.options.groups import add_switch, option_group
+
+GROUP = "endpoints weight fusion (EWF)"
+#: With --threshold_choice, the share of the elements that moved furthest: these are fused.
+FUSED_SHARE = 0.45
+
+
+def fused(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], factor: float, furthest_only: bool = False
+) -> dict[str, Tensor]:
+    """(1 − factor)·before + factor·after.
+
+    Args:
+        before: weights and statistics of step t−1 by name.
+        after: those of the trained network; has every name of `before`.
+        factor: α.
+        furthest_only: fuse the elements that moved furthest, `FUSED_SHARE` of all entries together, and keep the others as trained
+            (`--threshold_choice`; the paper does not have it).
+
+    Returns:
+        The fused tensors, one for each name of `before`, with type and device of `after`; whole numbers are truncated.
+    """
+    pairs = {name: (value.to(after[name].device), after[name]) for name, value in before.items()}
+    least = _least_movement(pairs.values()) if furthest_only else 0.0
+    found = {}
+    for name, (old, new) in pairs.items():
+        mean = (1 - factor) * old + factor * new
+        found[name] = torch.where((old - new).abs() < least, new, mean).to(new.dtype)
+    return found
+
+
+def _least_movement(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The smallest movement among the elements that moved furthest."""
+    movements = torch.cat([(old - new).abs().double().flatten() for old, new in pairs])
+    chosen = int(FUSED_SHARE * len(movements))
+    return float(movements.kthvalue(len(movements) - chosen + 1).values) if chosen else math.inf
+
+
+class FrozenClassifiers(Part):
+    """The classifiers of earlier steps, the background's included, do not learn (--fix_pre_cls)."""
+
+    rules = Rules(later=["fix_pre_cls"], classes_only={"fix_pre_cls": bool})
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The switch."""
+        add_switch(
+            option_group(parser, "classifier"), "--fix_pre_cls", help="do not train classifiers of earlier steps"
+        )
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --fix_pre_cls or --ewf."""
+        return (opts.fix_pre_cls or opts.ewf) and task.step > 0 and not task.domain
+
+    def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
+        """All classifiers but the newest: no gradient, no weight decay, no momentum."""
+        return list(model.cls)[:-1]
+
+
+class WeightFusion(Part):
+    """Fuse the trained network with that of step t−1 (--weight_fusion, and --ewf, which also freezes the earlier classifiers).
+
+    Attributes:
+        factor: α.
+    """
+
+    rules = Rules(
+        requires=[("threshold_choice", "--weight_fusion or --ewf", lambda opts: opts.weight_fusion or opts.ewf)],
+        later=["ewf", "weight_fusion", "threshold_choice"],
+        classes_only={"ewf": bool, "weight_fusion": bool},
+    )
+
+    def __init__(self, opts: Namespace, task: Task):
+        super().__init__(opts, task)
+        self.factor = math.sqrt(task.num_new / task.num_total)
+        self.before: Mapping[str, Tensor] = {}
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The release's spellings, and --ewf for both of them that its scripts give."""
+        group = option_group(parser, GROUP)
+        add_switch(group, "--ewf", help="--weight_fusion and --fix_pre_cls")
+        add_switch(group, "--weight_fusion", help="after each step, the mean of the networks before and after it")
+        add_switch(group, "--threshold_choice", help="fuse only the 45 %% of all weights that moved furthest")
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --weight_fusion or --ewf; domains add no class, so that α would be 0."""
+        return (opts.weight_fusion or opts.ewf) and task.step > 0 and not task.domain
+
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
+        """Keep the checkpoint of step t−1; it is in memory for the teacher in any case."""
+        self.before = previous.weights
+
+    @torch.no_grad()
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
+        """Fuse; the same on every process."""
+        after = model.state_dict()
+        before = {name: value for name, value in self.before.items() if name in after}
+        for name, value in fused(before, after, self.factor, self.opts.threshold_choice).items():
+            after[name].copy_(value)
+
+
+class MiBEWF(Method):
+    """MiB, fused."""
+
+    name = "MiB+EWF"
+    paper = "Xiao et al., Endpoints Weight Fusion, with MiB, CVPR"
+    year = 2023
+    own_parts = (FrozenClassifiers, WeightFusion)
+    preset = MiB.preset | {"ewf": True}
+    task_presets = {("ade", task): {"loss_kd": 100.0} for task in ("100-10", "100-5")}
+
+
+class PLOPEWF(Method):
+    """PLOP, fused."""
+
+    name = "PLOP+EWF"
+    paper = "Xiao et al., Endpoints Weight Fusion, with PLOP, CVPR"
+    year = 2023
+    own_parts = MiBEWF.own_parts
+    preset = PLOP.preset | {"ewf": True}
+    task_presets = PLOP.task_presets
+
+
+class LSKDEWF(Method):
+    """LSKD, fused: a combination that no article has."""
+
+    name = "LSKD+EWF"
+    paper = "no article: LSKD with the fusion of Xiao et al., CVPR"
+    year = 2023
+    own_parts = MiBEWF.own_parts
+    preset = LSKD.preset | {"ewf": True}
+    task_presets = LSKD.task_presets
