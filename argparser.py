@@ -139,7 +139,7 @@ def later_options() -> frozenset[str]:
 
 def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """Preset of the method for the data set and task, and the dests that only this task sets so."""
-    method = methods.METHODS.get(given.get("method"))
+    method = methods.METHODS.get(given.get("method") or "")
     if method is None:
         return {}, set()
     task = None if "task_file" in given else given.get("task", method.preset.get("task", defaults["task"]))

@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from utils.errors import UserError
 
@@ -52,6 +52,8 @@ from utils.reporting.pictures import Legend, Sample
 from utils.runtime import amp, distributed, errors, memory
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped, StopRequest
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +328,7 @@ class StepRun:
         segmentation_module.load_weights(model, state["model_state"], path, strict=opts.strict_weights)
         return StepData(opts, task, self.device), state, self._placed(model)
 
-    def _placed(self, model: SegmentationModel) -> SegmentationModel:
+    def _placed(self, model: Network) -> Network:
         """The network on the device, in the layout of the run."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.opts.channels_last else model
@@ -456,7 +458,8 @@ class StepRun:
         opts, task = self.opts, self.task
         if opts.pictures == 0:
             return
-        images, truths = zip(*dataset.pictured(opts, task, opts.pictures))
+        shown = dataset.pictured(opts, task, opts.pictures)
+        images, truths = zip(*(shown[position] for position in range(len(shown))))
         masks = [prediction.byte().numpy() for prediction in trainer.predict_each(images)]
         pixels = [denormalise(image).permute(1, 2, 0).numpy() for image in images]  # 3×H×W → H×W×3
         samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]

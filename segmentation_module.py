@@ -38,7 +38,7 @@ class SegmentationModel(nn.Module):
         classifiers: (B, 256, h, w) -> (B, C, h, w).
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, classifiers: Classifiers) -> None:
+    def __init__(self, body: ResNet | MobileNetV2, head: DeeplabV3, classifiers: Classifiers) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -104,8 +104,8 @@ class SegmentationModel(nn.Module):
 
     def watched_weights(self) -> dict[str, nn.Parameter]:
         """RGE's W by tap: the first parameter of each stage of the body, and of the head's last norm for both taps of the head."""
-        stages = (self.body.mod2, self.body.mod3, self.body.mod4, self.body.mod5)
-        head = self.head.red_bn.weight
+        stages = (self.body.get_submodule(f"mod{number}") for number in range(2, 6))
+        head = self.get_parameter("head.red_bn.weight")
         return dict(zip(TAP_NAMES, (*(next(stage.parameters()) for stage in stages), head, head)))
 
 
@@ -133,6 +133,7 @@ def make_model(
         UserError: an option without meaning, or backbone weights that are missing or do not fit.
     """
     norm = make_norm(opts.norm_act)
+    body: MobileNetV2 | ResNet
     if opts.backbone == "mobilenet_v2":
         body = MobileNetV2(norm, opts.output_stride)
     else:
@@ -230,7 +231,7 @@ def build_student(
 
 
 def load_weights(
-    model: nn.Module, weights: dict[str, Tensor], path: Path, strict: bool, new_classifier: int | None = None
+    model: SegmentationModel, weights: dict[str, Tensor], path: Path, strict: bool, new_classifier: int | None = None
 ) -> None:
     """Load weights by name.
 
@@ -245,8 +246,8 @@ def load_weights(
         UserError: names or shapes do not fit, or values are not finite.
     """
     own = model.state_dict()
-    fresh, optional = f"cls.{new_classifier}.", getattr(model, "optional_names", set())
-    missing = [name for name in own if name not in weights and not name.startswith(fresh) and name not in optional]
+    fresh, known = f"cls.{new_classifier}.", weights.keys() | model.optional_names
+    missing = [name for name in own if name not in known and not name.startswith(fresh)]
     unexpected = [name for name in weights if name not in own]
     misshapen = [name for name in own if name in weights and not _alike(own[name], weights[name])]
     tolerant = " (or --strict_weights to take what fits)"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
 
 import dataset
-from dataset.sampler import TrainingBatches
+from dataset.sampler import EvaluationBatches, TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method
 from methods.phase import PhaseRun
@@ -82,7 +84,7 @@ class Trainer:
         self.precision = amp.build(opts, self.device)
         groups = method.parameter_groups(parameter_groups(opts, task.step, model), model)
         fused = self.precision.allows_fused_step
-        self.optimizer = make_optimizer(opts, groups, self.balancer.parameters(), fused)
+        self.optimizer: Optimizer = make_optimizer(opts, groups, self.balancer.parameters(), fused)
         self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
         self.scheduler = scheduler.build(opts, self.optimizer, opts.epochs * iterations_per_epoch)
         self._wrap()
@@ -97,9 +99,9 @@ class Trainer:
         """Compile the networks where asked for, and wrap the student for several processes."""
         if self.opts.compile:
             if self.teacher is not None:
-                self.teacher = torch.compile(self.teacher)
+                self.teacher = cast(nn.Module, torch.compile(self.teacher))
             if not self.balancer.needs_partial_backward:
-                self.model = torch.compile(self.model)
+                self.model = cast(nn.Module, torch.compile(self.model))
         if distributed.active():
             # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
             follow_main = not self.opts.norm_act.startswith("iabn_sync")
@@ -107,7 +109,7 @@ class Trainer:
 
     # -------------------------------------------------------------- training
 
-    def fit(self, batches: TrainingBatches, val_loader: Iterable | None, save: Callable[[], None]) -> None:
+    def fit(self, batches: TrainingBatches, val_loader: EvaluationBatches | None, save: Callable[[], None]) -> None:
         """Train to the end of the last epoch and the last phase, from wherever the trainer stands.
 
         Args:
@@ -278,7 +280,7 @@ class Trainer:
                 f"{self.method.remedy(values) or REMEDY}"
             )
 
-    def _report(self, values: dict[str, float], bar) -> None:
+    def _report(self, values: dict[str, float], bar: tqdm) -> None:
         self.meters.update(values)
         if self.iteration % self.opts.print_interval == 0 or self.iteration == 1:
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
@@ -311,7 +313,7 @@ class Trainer:
         at_end_of_epoch = self.iteration == 0 and self.epoch > self.validated_epoch
         return at_end_of_epoch and self.epoch % self.opts.val_interval == 0
 
-    def _validate(self, loader: Iterable, save: Callable[[], None]) -> None:
+    def _validate(self, loader: EvaluationBatches, save: Callable[[], None]) -> None:
         scores = self.evaluate(loader, title=f"validation after epoch {self.epoch}")
         if scores is None:
             save()
@@ -330,7 +332,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable, title: str = "test", keep: int = 0) -> dict[str, Any] | None:
+    def evaluate(self, loader: EvaluationBatches, title: str = "test", keep: int = 0) -> dict[str, Any] | None:
         """Scores of the student over a loader; every image counts once, whatever the number of processes.
 
         Args:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dataset import shapes, tasks
 from dataset.ade import Ade
-from dataset.base import SegmentationSet, Source, Splits, select
+from dataset.base import SegmentationSet, Source, Splits, Transform, select
 from dataset.cityscapes_domain import CityscapesDomain
 from dataset.folder import Folder
 from dataset.layout import Layout
@@ -198,7 +198,9 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
     """
     problems: list[str] = []
     layout = _layout(opts)
-    for train in (True, False) if layout is not None else ():
+    if layout is None:  # drawn, not read
+        return problems
+    for train in (True, False):
         source = FileSource(layout, _root(opts), train, problems)
         shown, found = source.inspect(np.arange(len(source)))
         if task.domain:
@@ -283,7 +285,7 @@ def _share(indices: np.ndarray, train: bool, title: str) -> np.ndarray:
 
 
 def _labelled(
-    source: Source, indices: np.ndarray, labels: np.ndarray, transform, seed: int = 0, step: int = 0
+    source: Source, indices: np.ndarray, labels: np.ndarray, transform: Transform, seed: int = 0, step: int = 0
 ) -> SegmentationSet:
     """A data set whose table leads from the values of a mask to labels, in one look-up."""
     classes = getattr(source, "class_table", np.arange(256))

@@ -65,7 +65,7 @@ class SegmentationSet(Dataset):
     def __init__(
         self,
         source: Source,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         table: np.ndarray,
         transform: Transform,
         seed: int = 0,
@@ -123,7 +123,7 @@ class JoinedSet(Dataset):
 
     def __init__(self, parts: Sequence[SegmentationSet]) -> None:
         self.parts = list(parts)
-        self._samples = ConcatDataset(self.parts)
+        self._samples: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(self.parts)
 
     @property
     def indices(self) -> np.ndarray:

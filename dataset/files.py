@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 if __name__ == "__main__":  # started as a program, from whatever folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -114,7 +115,7 @@ def _check_mode(image: Image.Image, path: str) -> None:
         raise UserError(
             f"image {path} has the mode {image.mode!r}, whose values have no known range; save it with 8 or 16 bits a channel"
         )
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,)) if image.format == "TIFF" else (16,)
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,)) if isinstance(image, TiffImageFile) else (16,)
     if image.mode in _MODES_OF_16_BITS and bits[0] != 16:
         raise UserError(f"image {path} has {bits[0]} bits a channel; save it with 8 or 16")
 
@@ -172,15 +173,24 @@ def inspect(
         return [inspect_pair(*pair, valid, decode) for pair in pairs]
     jobs = [{"pairs": pairs[k::processes], "valid": sorted(valid), "decode": decode} for k in range(processes)]
     command = [sys.executable, os.path.abspath(__file__)]
-    # a session of their own: Ctrl-C is for the main process alone, which then ends them
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    workers = [subprocess.Popen(command, **options) for _ in jobs]
+    workers = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the main process alone, which then ends them
+        )
+        for _ in jobs
+    ]
     found: list = [None] * len(pairs)
     try:
         for worker, job in zip(workers, jobs):
+            assert worker.stdin is not None
             json.dump(job, worker.stdin)
             worker.stdin.close()
         for k, worker in enumerate(workers):
+            assert worker.stdout is not None
             found[k::processes] = json.load(worker.stdout)
     except (BrokenPipeError, ValueError):
         raise OSError("a process that reads the masks died: is the memory full?") from None
@@ -188,7 +198,8 @@ def inspect(
         for worker in workers:
             worker.kill()
             worker.wait()
-            worker.stdout.close()
+            if worker.stdout is not None:
+                worker.stdout.close()
     return [(shown, problem) for shown, problem in found]
 
 
@@ -198,10 +209,10 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     parent, job, found = os.getppid(), json.load(sys.stdin), []
     valid = frozenset(job["valid"])
-    for pair in job["pairs"]:
+    for image_path, mask_path in job["pairs"]:
         if os.getppid() != parent:
             return
-        found.append(inspect_pair(*pair, valid, job["decode"]))
+        found.append(inspect_pair(image_path, mask_path, valid, job["decode"]))
     json.dump(found, sys.stdout)
 
 

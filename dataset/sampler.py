@@ -157,6 +157,18 @@ class TrainingBatches(Protocol):
         ...
 
 
+class EvaluationBatches(Protocol):
+    """Batches of a validation or test set, read from the first to the last."""
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of each batch."""
+        ...
+
+
 class LoadedBatches:
     """The training batches of a process, read by a `DataLoader`.
 

@@ -49,7 +49,7 @@ class StepData:
         train: SegmentationSet | JoinedSet = splits.train
         if replay is not None:
             memory = replay(lambda indices: dataset.replay_set(opts, task, indices))
-            train = JoinedSet([train, *memory]) if memory else train
+            train = JoinedSet([splits.train, *memory]) if memory else splits.train
             require_batches(len(train), opts, task)
         names = dataset.class_names(opts)
         self.class_names = [names[label] for label in task.label_ids]

@@ -212,9 +212,9 @@ def load(
     labels = domain_labels or facts.get("domain_labels", 0)
     if task_file:
         name, steps = _read_task_file(Path(task_file), classes, labels > 0)
-    elif name == OFFLINE:
+    elif name is not None and name == OFFLINE:
         steps = (tuple(range(classes)),)
-    elif name in facts.get("tasks", {}):
+    elif name is not None and name in facts.get("tasks", {}):
         steps = tuple(tuple(ids) for ids in facts["tasks"][name])
     else:
         raise UserError(

@@ -24,15 +24,15 @@ def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
     Returns:
         a sentence for everything that is not as it should be.
     """
-    layout, problems = DATASETS[name], []
+    layout, problems = DATASETS[name], list[str]()
+    assert layout is not None, "the embedded data set has no files"
     for train, expected in zip((True, False), official):
         source = FileSource(layout, root, train)
         shown, found = source.inspect(np.arange(len(source)))
         problems += [problem for problem in found if problem]
-        classes = int(shown[:, : len(layout.classes)].any(axis=0).sum())
-        print(
-            f"{source.title}: {len(source)} images (published: {expected}), {classes} of {len(layout.classes)} labels"
-        )
+        count = len(layout.classes)
+        classes = int(shown[:, :count].any(axis=0).sum())
+        print(f"{source.title}: {len(source)} images (published: {expected}), {classes} of {count} labels")
         if len(source) != expected:
             problems.append(f"the {source.title} has {len(source)} images, the published one {expected}")
     return problems

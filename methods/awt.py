@@ -72,7 +72,7 @@ def percentage(opts: Namespace) -> int:
     return opts.att or (DEFAULT_PERCENTAGE if opts.init_awt else 0)
 
 
-def attributions(features: Tensor, baseline: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+def attributions(features: Tensor, baseline: Tensor, weight: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Integrated gradients of the sum of the background's full-size logit, with respect to the features.
 
     Args:
@@ -266,6 +266,7 @@ class AttributionTransfer(Part):
         if self.opts.random_channels:
             self.selected = self._random_channels(model).to(device)
         else:
+            assert teacher is not None
             self.scores, seen = self._measure(model.cls[0].weight[0].flatten(), teacher, loader, device)
             count = math.ceil(percentage(self.opts) * self.scores.shape[1] / 100)  # 26 of 256 for 10 %
             best = self.scores.topk(count, dim=1).indices
@@ -315,7 +316,7 @@ class AttributionTransfer(Part):
         weights, source = new.weight.flatten(1), background.weight[0].flatten()  # (C_new, c), (c,)
         selected = self.selected.expand(len(weights), -1)
         weights.copy_(torch.where(selected, source if self.opts.awt_copy else weights + source, weights))
-        if self.opts.copy_bias:
+        if self.opts.copy_bias and new.bias is not None and background.bias is not None:
             lowered = background.bias[0] - math.log(self.task.num_new + 1)
             new.bias.copy_(lowered.expand_as(new.bias))
             background.bias[0] = lowered

@@ -111,6 +111,7 @@ class Classification(Part):
         """(B, H, W) loss before pixel weights."""
         logits, old = batch.student.logits, self.task.num_old
         if self.opts.pseudo_soft is not None and batch.teacher is not None:
+            assert batch.pseudo_mask is not None, "--pseudo_soft needs pseudo-labels"
             certain = pseudo.certain_pixels(batch.truth, batch.pseudo_mask, old, self.opts.pseudo_soft)
             factor, mended = self.opts.pseudo_soft_factor, self.opts.soft_loss == "mended"
             return loss.soft_cross_entropy(logits, batch.labels, batch.teacher.logits, certain, factor, mended)

@@ -165,6 +165,7 @@ class LayerSpecificDistillation(Part):
         """The teacher's look at the two erased views, in one pass."""
         if self.masked and self.opts.mask_rule != "gt":
             views = masks.erased_views(batch.images, batch.labels, self.task.num_old)
+            assert teacher is not None
             features = teacher(torch.cat(views), full_size=False).features
             # Only taps with a mask outlive the pass: the shallow ones, which have none, are the largest.
             taps = [tap.chunk(2) if name in self.masked else None for name, tap in zip(TAP_NAMES, features)]
@@ -176,7 +177,11 @@ class LayerSpecificDistillation(Part):
     def mask(self, batch: Batch, tap: str) -> Tensor:
         """M of one tap; spatial only for the logits, whose channels are classes."""
         index = TAP_NAMES.index(tap)
-        views = tuple(view[index] for view in batch.teacher_views.values()) or None
+        views = None
+        if batch.teacher_views:
+            old, new = (batch.teacher_views[name][index] for name in (WITHOUT_OLD, WITHOUT_NEW))
+            assert old is not None and new is not None, "the teacher's views are kept for the taps with a mask"
+            views = (old, new)
         rule, distance = self.opts.mask_rule, self.opts.mask_distance
         features = batch.teacher.features[index]
         channels = None if tap == "logits" else self.opts.channel_rule

@@ -28,7 +28,7 @@ from utils.pod import terms as pod
 from utils.pod.distance import PREPROCESS
 from utils.pod.options import PodOptions, TapOptions, loads
 from utils.runtime import distributed
-from utils.types import Batch
+from utils.types import Batch, Taps
 
 
 class PseudoLabels(Part):
@@ -127,6 +127,7 @@ class PseudoLabels(Part):
         opts, task = self.opts, self.task
         threshold = opts.threshold + task.step * (opts.step_threshold or 0.0)
         medians = pseudo.MedianThresholds(task.num_old, task.num_total, pseudo.MEASURES[self.mode], opts.pseudo_nb_bins)
+        assert teacher is not None
         weight = next(teacher.parameters())
         for images, labels in loader:
             logits = teacher(images.to(device, weight.dtype, non_blocking=True)).logits
@@ -271,7 +272,7 @@ class PodDistillation(Part):
         super().__init__(opts, task)
         self.options = pod_options(opts)
 
-    def taps(self, forward) -> tuple[Tensor, ...]:
+    def taps(self, forward: Taps) -> tuple[Tensor, ...]:
         """Stages and pre_logits, then the logits that the flags ask for: small (--pod_logits), full-size, or none."""
         features = (*forward.attentions, forward.pre_logits)
         if self.opts.pod_logits:

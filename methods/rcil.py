@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from methods.base import Method, Part, Previous, Rules
 from methods.ft import class_growth
 from methods.mib import MiB
 from modules.compensation import DoubledConvs, DoubledHead, TwoBranches, shares
-from modules.norm import make_norm
+from modules.norm import ABN, make_norm
 from modules.residual import ResidualBlock
 from modules.resnet import ARCHITECTURES
 from segmentation_module import SegmentationModel
@@ -115,7 +115,7 @@ class RepresentationCompensation(Part):
     def wrap_model(self, model: SegmentationModel) -> None:
         """Double the convs; the new ones start as copies, of the ImageNet weights too, or from draws of their own without them."""
         if self.opts.rcil_stem == "released":
-            model.body.mod1.bn1.activation = "identity"
+            cast(ABN, model.body.mod1.get_submodule("bn1")).activation = "identity"
         if self.opts.rcil_network == MERGED:
             return
         for block in [module for module in model.body.modules() if isinstance(module, ResidualBlock)]:

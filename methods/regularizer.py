@@ -175,7 +175,7 @@ class FisherRegularizer(Regularizer):
     Reference: Kirkpatrick et al., PNAS 2017; online form as in Chaudhry et al. (RWalk), ECCV 2018, eq. 5, and in MiB's release.
     """
 
-    kinds = ("fisher",)
+    kinds: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
         return _carried(super()._start(model, kind), self.old.get(kind, {}))
@@ -190,7 +190,7 @@ class FisherRegularizer(Regularizer):
                 fisher[name].lerp_(torch.where(square.isfinite(), square, fisher[name]), self.opts.reg_alpha)
 
 
-class _PathMixin:
+class _PathMixin(Regularizer):
     """Follows −g·Δp, the loss decrease that each parameter is responsible for."""
 
     def _begin_path(self, model: nn.Module) -> None:
@@ -213,7 +213,7 @@ class _PathMixin:
                 self.path[name].add_(torch.where(decrease.isfinite(), decrease, 0.0))
 
 
-class PathRegularizer(_PathMixin, Regularizer):
+class PathRegularizer(_PathMixin):
     """Path integral: score = old score + max(0, Σ −g·Δp / ((p_end − p_start)² + ξ)).
 
     Reference: Zenke et al., "Continual Learning Through Synaptic Intelligence", ICML 2017, eq. 4 and 5.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,12 @@ class Classifiers(nn.ModuleList):
         for count in channels:
             self.append(CosineClassifier(in_channels, count) if cosine else nn.Conv2d(in_channels, count, 1))
         self.scalar = nn.Parameter(torch.ones(())) if cosine else None
+
+    def __iter__(self) -> Iterator[nn.Conv2d]:
+        return cast(Iterator[nn.Conv2d], super().__iter__())
+
+    def __getitem__(self, index: int) -> nn.Conv2d:  # type: ignore[override]  # a slice would not be `Classifiers`
+        return cast(nn.Conv2d, super().__getitem__(index))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, h, w) features -> (B, C, h, w) logits of all classes."""
@@ -184,26 +191,28 @@ class Classifiers(nn.ModuleList):
     def _start_from_background(self, shares: Tensor) -> None:
         """New classes take Σ_k shares·mode_k; shares is (C_new or 1, K)."""
         weights = self._background_weight()
-        new = self[-1]
+        first, new = self[0], self[-1]
         new.weight.copy_(torch.einsum("nk,kchw->nchw", shares, weights).expand_as(new.weight))
-        if new.bias is None:
+        if new.bias is None or first.bias is None:
             return
-        background = self[0].bias[: self.background_modes]
+        background = first.bias[: self.background_modes]
         shift = math.log(self.num_new + 1)
         new.bias.copy_((shares @ background - shift).expand_as(new.bias))
         background -= shift / (self.background_modes if self.fusion == "sum" else 1)
 
     def _reset_modes(self, modes: Tensor, silent: bool) -> None:
         """Give background modes fresh random weights, or take them out of the fused background."""
-        first = self[0]
+        weight, bias = self[0].weight, self[0].bias
+        assert bias is not None, "cosine classifiers have one background mode"
         if not silent:
-            fresh = nn.Conv2d(first.in_channels, self.background_modes, 1)
-            first.weight[modes] = fresh.weight.to(first.weight)[modes]
-            first.bias[modes] = fresh.bias.to(first.bias)[modes]
+            fresh = nn.Conv2d(self[0].in_channels, self.background_modes, 1)
+            assert fresh.bias is not None
+            weight[modes] = fresh.weight.to(weight)[modes]
+            bias[modes] = fresh.bias.to(bias)[modes]
             return
-        first.weight[modes] = 0.0
-        first.bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
+        weight[modes] = 0.0
+        bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
         if self.fusion == "mean":  # which divides by all modes: those that stay make up for the others
             share = self.background_modes / (self.background_modes - len(modes))
-            first.weight *= share
-            first.bias *= share
+            weight.mul_(share)
+            bias.mul_(share)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +79,11 @@ class TwoBranches(nn.Module):
 
     def add_biases(self) -> list[nn.Parameter]:
         """Give the convs of the old branch biases of 0, which a merge fills; returns them."""
-        for conv in self.branch(new=False).convs:
-            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
-        return [conv.bias for conv in self.branch(new=False).convs]
+        convs = self.branch(new=False).convs
+        biases = [nn.Parameter(conv.weight.new_zeros(conv.out_channels)) for conv in convs]
+        for conv, bias in zip(convs, biases):
+            conv.bias = bias
+        return biases
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -114,7 +116,7 @@ class TwoBranches(nn.Module):
         eps = self.branch(new=True).norm.eps
         self.merge_into_one()
         convs, norm = self.branch(new=False)
-        norm.bias.copy_(torch.cat([conv.bias for conv in convs]))
+        norm.bias.copy_(torch.cat([conv.bias for conv in convs if conv.bias is not None]))
         norm.eps = eps
         for conv in convs:
             conv.bias = None
@@ -169,7 +171,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
         at = next(i for i, name in enumerate(names) if getattr(getattr(self, name), "kernel_size", None) == (3, 3))
         self.before, self.old, self.after = names[:at], names[at : at + 2], names[at + 2 :]
         self.new = [f"{name}_new" for name in self.old]
-        self.get_submodule(self.old[1]).activation = "identity"  # the mixture is activated
+        cast(ABN, self.get_submodule(self.old[1])).activation = "identity"  # the mixture is activated
         for old, new in zip(self.old, self.new):
             self.add_module(new, copy.deepcopy(getattr(self, old)))
         _prepare_norms(self)
@@ -184,7 +186,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
     def branch(self, new: bool) -> Branch:
         """See `TwoBranches`."""
         conv, norm = (self.get_submodule(name) for name in (self.new if new else self.old))
-        return Branch([conv], norm)
+        return Branch([cast(nn.Conv2d, conv)], cast(ABN, norm))
 
     def drop_new_branch(self) -> None:
         """See `TwoBranches`."""
@@ -230,7 +232,8 @@ class DoubledHead(TwoBranches, DeeplabV3):
 
     def branch(self, new: bool) -> Branch:
         """See `TwoBranches`."""
-        return Branch(list(self.map_convs_new), self.map_bn_new) if new else Branch(list(self.map_convs), self.map_bn)
+        convs, norm = (self.map_convs_new, self.map_bn_new) if new else (self.map_convs, self.map_bn)
+        return Branch([cast(nn.Conv2d, conv) for conv in convs], norm)
 
     def drop_new_branch(self) -> None:
         """See `TwoBranches`."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.atrous import AtrousConv2d
-from modules.norm import SLOPE
+from modules.norm import ABN, SLOPE
 
 #: Dilations of the three 3×3 convs by output stride.
 DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
@@ -50,7 +50,7 @@ class DeeplabV3(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        norm: Callable[..., nn.Module],
+        norm: Callable[..., ABN],
         output_stride: int = 16,
         pooling: int | None = 32,
     ) -> None:

@@ -73,7 +73,8 @@ def _fold_pair(parent: nn.Module, conv: str, norm: str) -> None:
 
 def _fold_head(head: DeeplabV3) -> None:
     """The head's norms: map_bn spans four concatenated convs, red_bn follows the sum of two."""
-    _fold(list(head.map_convs), head.map_bn)
+    map_convs = [conv for conv in head.map_convs if isinstance(conv, nn.Conv2d)]
+    _fold(map_convs, head.map_bn)
     _fold([head.global_pooling_conv], head.global_pooling_bn)
     scale, shift = _affine(head.red_bn)
     _scale_filters(head.red_conv, scale, shift)

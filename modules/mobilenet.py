@@ -106,6 +106,10 @@ class MobileNetV2(nn.Module):
     """
 
     slope = 1.0
+    mod2: nn.Module
+    mod3: nn.Module
+    mod4: nn.Module
+    mod5: nn.Module
 
     def __init__(self, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()

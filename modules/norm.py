@@ -100,7 +100,7 @@ def _normalise_shared(x: Tensor, scale: Tensor, bias: Tensor, s: _Settings) -> t
     return out, torch.rsqrt(var + s.eps).to(kind), total.to(kind)
 
 
-def _input_gradient(grad: Tensor, y: Tensor, sums: tuple[Tensor, Tensor], factors: tuple[Tensor, ...]) -> Tensor:
+def _input_gradient(grad: Tensor, y: Tensor, sums: tuple[Tensor, ...], factors: tuple[Tensor, ...]) -> Tensor:
     """Gradient of the input where the fused kernel does not apply: sums over all processes, or fixed statistics.
 
     Args:
@@ -160,7 +160,7 @@ class _InPlaceABN(torch.autograd.Function):
             grad, y, scale.square() * inv_std, None, None, bias, scale.reciprocal(), True, ctx.eps, mask
         )
         if need_input and not fused:
-            sums = ()
+            sums: tuple[Tensor, ...] = ()
             if total is not None:
                 sums = tuple(distributed.sum_(torch.stack([grad_weight, grad_bias])) / total)  # 2 × (C,)
             grad_input = _input_gradient(grad, y, sums, (scale, bias, inv_std))
@@ -181,6 +181,11 @@ class ABN(nn.BatchNorm2d):
     """
 
     slope = SLOPE
+    # `nn.BatchNorm2d` allows None for each of them
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, num_features: int, activation: str = "leaky_relu") -> None:
         super().__init__(num_features, eps=1e-5, momentum=0.1)

@@ -6,11 +6,13 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from modules import mobilenet
+from modules.norm import ABN
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.structure import IN_PLACE_NORMS, scales_in_place
 from utils.errors import UserError
@@ -158,7 +160,7 @@ def _reexpress_scales(state: dict[str, Tensor], body: nn.Module, source_in_place
         return
     norms = [key[: -len(".running_mean")] for key in state if key.endswith(".running_mean")]
     for norm in norms:
-        eps = body.get_submodule(norm).eps
+        eps = cast(ABN, body.get_submodule(norm)).eps
         weight = state[f"{norm}.weight"]
         if source_in_place:
             state[f"{norm}.weight"] = weight.abs() + eps

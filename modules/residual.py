@@ -52,14 +52,15 @@ class ResidualBlock(nn.Module):
             last = i == len(kernels) - 1
             layers[f"bn{i + 1}"] = norm(channels[i], activation="identity" if last else "leaky_relu")
         self.convs = nn.Sequential(layers)
-        self.proj_conv, self.proj_bn = None, None
+        self.proj_conv: nn.Module | None = None
+        self.proj_bn: nn.Module | None = None
         if stride != 1 or in_channels != channels[-1]:
             self.proj_conv = nn.Conv2d(in_channels, channels[-1], 1, stride=stride, bias=False)
             self.proj_bn = norm(channels[-1], activation="identity")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, channels[-1], H/stride, W/stride), before the final activation."""
-        shortcut = x if self.proj_conv is None else self.proj_bn(self.proj_conv(x))
+        shortcut = x if self.proj_conv is None or self.proj_bn is None else self.proj_bn(self.proj_conv(x))
         y = self.convs(x)
         # In training the norm needs its output for the backward pass; without gradients the sum can take its place.
         return y + shortcut if torch.is_grad_enabled() else y.add_(shortcut)

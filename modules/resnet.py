@@ -36,6 +36,10 @@ DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 class Stem(nn.Sequential):
     """conv1, bn1, pool1: (B, 3, H, W) -> (B, 64, H/4, W/4)."""
 
+    conv1: nn.Module
+    bn1: nn.Module
+    pool1: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         if x.device.type != "cpu" or not x.is_contiguous():
@@ -67,6 +71,10 @@ class ResNet(nn.Module):
     """
 
     slope = SLOPE
+    mod2: nn.Module
+    mod3: nn.Module
+    mod4: nn.Module
+    mod5: nn.Module
 
     def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
         super().__init__()

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
         open(log, "w") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
+        assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             file.flush()

@@ -26,10 +26,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import DATASETS
 from dataset.layout import read_lines
 from dataset.source import FileSource
 from dataset.verify import run, verify
+from dataset.voc import Voc
 from utils.errors import UserError
 
 #: The classes of every mask of the published set; the check compares with it.
@@ -93,7 +93,8 @@ def write_masks(voc: Path, sbd: Path, folder: Path) -> list[str]:
         shutil.copyfile(path, folder / path.name)
     for name in boundaries.keys() - segmentation.keys():
         mask = Image.fromarray(read_sbd_mask(boundaries[name]))
-        mask.putpalette(palette)
+        if palette is not None:
+            mask.putpalette(palette)
         mask.save(folder / f"{name}.png")
     return sorted(segmentation.keys() | boundaries.keys())
 
@@ -118,7 +119,7 @@ def compare(data_root: Path) -> list[str]:
         published = json.load(stream)
     problems = []
     for train in (True, False):
-        source = FileSource(DATASETS["voc"], data_root, train)
+        source = FileSource(Voc(), data_root, train)
         shown, _ = source.inspect(np.arange(len(source)))
         for index, row in enumerate(shown):
             path = Path(source.files(index)[1])

@@ -293,8 +293,9 @@ def soften(logits: Tensor, labels: Tensor, num_old: int, temperature: float, app
         raise ValueError(f"--temperature_apply {apply!r} is unknown; use 'all', 'old' or 'new'.")
     if apply == "all":
         return at_least_float32(logits) / temperature
-    softened = distillation_mask(labels, num_old, "oldbackground" if apply == "old" else "new")[:, None]
-    return torch.where(softened, at_least_float32(logits) / temperature, at_least_float32(logits))
+    softened = distillation_mask(labels, num_old, "oldbackground" if apply == "old" else "new")
+    assert softened is not None
+    return torch.where(softened[:, None], at_least_float32(logits) / temperature, at_least_float32(logits))
 
 
 def soften_semi_old(logits: Tensor, num_initial: int, num_old: int, temperature: float) -> Tensor:

@@ -202,7 +202,7 @@ def unbiased_focal(
     return _focus(unbiased_cross_entropy(logits, labels, num_old, mask), gamma, alpha)
 
 
-def _nca(similarities: Tensor, labels: Tensor, margin: float) -> Tensor:
+def _nca(similarities: Tensor, labels: Tensor, margin: Tensor | float) -> Tensor:
     """Per pixel max(0, −log(exp(s_y − margin) / Σ_{c≠y} exp(s_c))), 0 where ignored or where no other class exists."""
     valid = labels != IGNORE
     index = labels.masked_fill(~valid, 0).long()[:, None]  # (B, 1, H, W)

@@ -226,10 +226,10 @@ def tap_mask(
     teacher = at_least_float32(teacher)
     if rule == "gt":
         return label_mask(labels, num_old, teacher.shape[-2:], teacher.dtype)
+    assert erased is not None and distance is not None, "only the rule gt does without"
     erased = (at_least_float32(erased[0]), at_least_float32(erased[1]))
-    shares = tuple(
-        pixels(labels, num_old).to(teacher.dtype).mean((1, 2)) for pixels in (old_pixels, new_pixels)
-    )  # each (B,)
+    old, new = (pixels(labels, num_old).to(teacher.dtype).mean((1, 2)) for pixels in (old_pixels, new_pixels))
+    shares = (old, new)  # each (B,)
     mask = spatial_mask(teacher, erased, shares, rule, distance)
     if rule == "whc" and channels is not None:
         mask = mask & channel_mask(teacher, erased, shares, channels)

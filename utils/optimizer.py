@@ -30,12 +30,13 @@ def parameter_groups(opts: Namespace, step: int, model: nn.Module) -> list[Group
         trained = [p for p in parameters if p.requires_grad]
         return {"name": name, "params": trained, "lr": rate, "weight_decay": opts.weight_decay}
 
-    groups = [group("body", model.body.parameters()), group("head", model.head.parameters())]
+    body, head, classifiers = (model.get_submodule(name) for name in ("body", "head", "cls"))
+    groups = [group("body", body.parameters()), group("head", head.parameters())]
     if opts.lr_old is None or step == 0:
-        return [*groups, group("cls", model.cls.parameters())]
-    earlier = [p for classifier in list(model.cls)[:-1] for p in classifier.parameters()]
+        return [*groups, group("cls", classifiers.parameters())]
+    earlier = [p for classifier in list(classifiers.children())[:-1] for p in classifier.parameters()]
     held = {id(p) for p in earlier}
-    newest = (p for p in model.cls.parameters() if id(p) not in held)
+    newest = (p for p in classifiers.parameters() if id(p) not in held)
     return [*groups, group("cls/old", earlier, opts.lr_old * opts.lr_of_step), group("cls", newest)]
 
 

@@ -238,12 +238,13 @@ def relabel(
     name, minimum = parse_mode(mode)
     labels = labels.long()
     old = labels < teacher_logits.shape[1]
-    value, predicted = measure_pixels(teacher_logits, MEASURES.get(name, "probability"), num_total)
-    if name == "entropy":
-        sure = value < thresholds.to(value.device)[predicted]
-    elif name == "median":
-        sure = value >= thresholds.to(value.device)[predicted]
-    elif name == "threshold":
+    measure = MEASURES.get(name or "", "probability")
+    value, predicted = measure_pixels(teacher_logits, measure, num_total)
+    if name in MEASURES:
+        assert thresholds is not None, "median and entropy need thresholds"
+        of_class = thresholds.to(value.device)[predicted]
+        sure = value < of_class if name == "entropy" else value >= of_class
+    elif minimum is not None:
         sure = value >= minimum
     else:
         sure = torch.ones_like(old)

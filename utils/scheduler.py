@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
@@ -42,13 +44,13 @@ class PolyLR(LRScheduler):
         self.power = power
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rate of every group for the coming iteration."""
         left = max(0.0, 1.0 - self.last_epoch / self.total)
         return [base * left**self.power for base in self.base_lrs]
 
 
-def build(opts, optimizer: Optimizer, total: int) -> LRScheduler:
+def build(opts: Namespace, optimizer: Optimizer, total: int) -> LRScheduler:
     """The schedule that `--lr_policy` names.
 
     Args:

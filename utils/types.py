@@ -4,7 +4,7 @@ who only name files after it."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,8 +56,8 @@ class Batch:
         labels: (B, H, W) int64 labels after pseudo-labelling; the same tensor as `truth` without pseudo-labels.
         pixel_weights: factor of the classification loss, broadcastable to (B, H, W), or None for ones.
         pseudo_mask: (B, H, W) bool, pixels that took a confident pseudo-label, or None without pseudo-labels.
-        student: forward pass of the model in training.
-        teacher: forward pass of the frozen model of step t-1, or None.
+        student: forward pass of the model in training; None before it.
+        teacher: forward pass of the frozen model of step t-1; None at step 0, and where no part needs it.
         teacher_views: the six taps of further teacher passes by name, such as LSKD's two erased views.
         extras: what one hook of a part leaves for a later hook, by name.
     """
@@ -67,14 +67,15 @@ class Batch:
     labels: Tensor
     pixel_weights: Tensor | None = None
     pseudo_mask: Tensor | None = None
-    student: Taps | None = None
-    teacher: Taps | None = None
+    # Typed without None: terms are computed after the student's pass, and a part that reads the teacher says `needs_teacher`.
+    student: Taps = None  # type: ignore[assignment]
+    teacher: Taps = None  # type: ignore[assignment]
     teacher_views: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
 
     def release_taps(self) -> None:
         """Let go of all taps: after the losses are computed, only their graph needs them."""
-        self.student = self.teacher = None
+        self.student = self.teacher = cast(Taps, None)
         self.teacher_views = {}
 
     def with_student(self, student: Taps) -> Batch:

@@ -119,7 +119,8 @@ def run_child(arguments: argparse.Namespace, device: torch.device) -> None:
     libraries = peak_mb(device)
     bench = Workbench(arguments, device, parts=("floor",) if arguments.child == "floor" else ("iteration",))
     if arguments.child == "no_optimizer":
-        bench.trainer.precision.step = lambda optimizer: None
+        assert bench.trainer is not None
+        bench.trainer.precision.step = lambda optimizer: None  # type: ignore[method-assign]  # its memory is left out
     for _ in range(2):
         bench.floor() if arguments.child == "floor" else bench.iteration()
     print(json.dumps({"peak_mb": peak_mb(device), "libraries_mb": libraries}))
@@ -165,9 +166,11 @@ def measure_validation(arguments: argparse.Namespace, device: torch.device) -> d
     bench = Workbench(arguments, device, parts=("iteration",))
     bench.student.eval()
     metrics = StreamSegMetrics(bench.task.num_total, device)
-    predictions = bench.trainer.predict(bench.images)
+    assert bench.trainer is not None
+    predict = bench.trainer.predict
+    predictions = predict(bench.images)
     calls = {
-        "forward": lambda: bench.trainer.predict(bench.images),
+        "forward": lambda: predict(bench.images),
         "matrix": lambda: metrics.update(bench.labels, predictions),
     }
     seconds = Clock(device, arguments.clock).in_turn(calls, arguments.repeats)

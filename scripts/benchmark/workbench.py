@@ -11,7 +11,7 @@ import resource
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ class Clock:
         self._wait()
         return self.now() - start
 
-    def in_turn(self, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    def in_turn(self, calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
         """Seconds of each call, one after the other in every round, so that a slow minute of the machine meets all.
 
         Args:
@@ -170,9 +170,9 @@ def plain(model: SegmentationModel) -> SegmentationModel:
     """The network of ordinary operations: all nine taps of every dilated conv, pooling in the default memory layout."""
     for module in model.modules():
         if isinstance(module, AtrousConv2d):
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # the class that it extends by a method
         elif isinstance(module, Stem):
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # type: ignore[assignment]  # likewise
     return model
 
 
@@ -248,29 +248,38 @@ class Workbench:
 
     def floor(self) -> None:
         """Passes of plain networks: teacher, student forward and backward; no optimiser step."""
+        assert self.plain_student is not None
         self._passes(self.plain_teacher, self.plain_student, plain_logits)
 
     def own_floor(self) -> None:
         """The same passes through this program's networks, norms not folded."""
         self._passes(self.teacher, self.student, lambda network, images: network(images).logits)
 
-    def _passes(self, teacher: nn.Module, student: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def _passes(
+        self,
+        teacher: SegmentationModel | None,
+        student: SegmentationModel,
+        logits_of: Callable[[SegmentationModel, Tensor], Tensor],
+    ) -> None:
         student.zero_grad(set_to_none=True)
         images = self.images.contiguous(memory_format=self.layout)
         amp = torch.bfloat16 if self.opts.amp_dtype == "bfloat16" else torch.float16
         with torch.autocast(self.device.type, dtype=amp, enabled=self.opts.opt_level != "O0"):
-            with torch.no_grad():
-                for _ in range(self.passes):
-                    logits_of(teacher, images)
+            if teacher is not None:
+                with torch.no_grad():
+                    for _ in range(self.passes):
+                        logits_of(teacher, images)
             logits = logits_of(student, images)
         F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE).backward()
 
     def iteration(self) -> None:
         """`Trainer.train_iteration`, the data on the device."""
+        assert self.trainer is not None
         assert self.trainer.train_iteration(self.images, self.labels), "the iteration was skipped"
 
     def optimizer_step(self) -> None:
         """The optimiser's step alone, on the gradients of the last iteration."""
+        assert self.trainer is not None
         self.trainer.optimizer.step()
 
 

@@ -25,10 +25,6 @@ from utils.types import Taps
 TapGradients = dict[Tensor, Tensor]
 
 
-#: Fields of `Taps` that are one tensor.
-_WHOLE = ("logits", "logits_small", "body", "pre_logits")
-
-
 class DetachedTaps:
     """Leaves in the place of a forward pass's taps.
 
@@ -41,12 +37,17 @@ class DetachedTaps:
 
     def __init__(self, taps: Taps | None = None) -> None:
         self._origin: dict[Tensor, Tensor] = {}
-        self.taps = None
+        self.taps: Taps | None = None
         if taps is not None:
-            every = {*(getattr(taps, name) for name in _WHOLE), *taps.attentions}  # logits may be logits_small
-            leaves = {tap: self._leaf(tap) for tap in every}
-            whole = {name: leaves[getattr(taps, name)] for name in _WHOLE}
-            self.taps = taps._replace(**whole, attentions=tuple(leaves[tap] for tap in taps.attentions))
+            # logits may be logits_small, and the last attention may be the body: a tensor has one leaf
+            leaves = {tap: self._leaf(tap) for tap in {taps.logits, taps.body, *taps.features}}
+            self.taps = taps._replace(
+                logits=leaves[taps.logits],
+                logits_small=leaves[taps.logits_small],
+                body=leaves[taps.body],
+                pre_logits=leaves[taps.pre_logits],
+                attentions=tuple(leaves[tap] for tap in taps.attentions),
+            )
 
     def _leaf(self, tap: Tensor) -> Tensor:
         if not tap.requires_grad:

@@ -220,8 +220,8 @@ class GradientEquilibrium:
     def _rows_of_groups(self, device: torch.device) -> Tensor:
         """(n, n) matrix that averages a vector of terms over each group and hands the mean back to its members."""
         groups = [term.group for term in self.terms]
-        same = [[float(a == b) for b in groups] for a in groups]
-        same = torch.tensor(same, dtype=self.weights.dtype, device=device)  # n×n
+        equal = [[float(a == b) for b in groups] for a in groups]
+        same = torch.tensor(equal, dtype=self.weights.dtype, device=device)  # n×n
         return same / same.sum(dim=1, keepdim=True)
 
     def _pairs_of_depth(self, device: torch.device) -> Tensor:
@@ -233,6 +233,7 @@ class GradientEquilibrium:
     def detach_taps(self, taps: Taps) -> Taps:
         """Detached copies of the taps, see `utils.balance.detached_taps`."""
         self._detached = DetachedTaps(taps)
+        assert self._detached.taps is not None
         return self._detached.taps
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
@@ -335,7 +336,7 @@ class GradientEquilibrium:
             self._rescale()
 
     def _rescale(self) -> None:
-        self.weights *= len(self.terms) / self.weights.sum()
+        self.weights.mul_(len(self.terms) / self.weights.sum())
 
     def log_values(self) -> dict[str, Tensor]:
         """λ_i, G_i, ℓ_i and ρ_i of the last iteration by name, as 0-d tensors."""

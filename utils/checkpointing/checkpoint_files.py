@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import os
 import pickle
 import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ LEGACY_START, LEGACY_PICKLES = pickle.dumps(torch.serialization.MAGIC_NUMBER, pr
 
 def _numpy_scalars() -> list:
     """What the official files hold beside tensors: numpy floats as scores. Plain data, no code."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    multiarray = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
     allowed: list = [multiarray.scalar, np.dtype]
     if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5 takes names beside objects
         # Files written by numpy 1 name numpy.core, those of numpy 2 numpy._core: both stand for the same function.
@@ -61,7 +63,7 @@ def _numpy_scalars() -> list:
 
 
 @contextlib.contextmanager
-def _allowing_numpy_scalars():
+def _allowing_numpy_scalars() -> Iterator[None]:
     if hasattr(torch.serialization, "safe_globals"):
         with torch.serialization.safe_globals(_numpy_scalars()):
             yield
@@ -85,7 +87,7 @@ def digest(value: Any) -> str:
         if isinstance(item, torch.Tensor):
             sha.update(f"tensor {item.dtype} {tuple(item.shape)}".encode())
             plain = item.detach().cpu().contiguous().reshape(-1)
-            sha.update(memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else b"")
+            sha.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
         elif isinstance(item, dict):
             sha.update(f"dict {len(item)}".encode())
             for key in sorted(item, key=repr):
@@ -138,7 +140,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], before: Path | None = N
     _sync_folder(path.parent)
 
 
-def _serialise(state: dict, file) -> None:
+def _serialise(state: dict, file: IO[bytes]) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:

@@ -34,9 +34,12 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
         counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
         counted = counted and isinstance(state.get("iterations", 0), int)
-        plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
-        # the results take the date into their file name: it must not lead out of their folder
-        plain = plain and bool(PART_OF_FILE_NAME.fullmatch(options.get("date", "none")))
+        plain = (
+            isinstance(options, dict)
+            and all(isinstance(key, str) for key in options)
+            # the results take the date into their file name: it must not lead out of their folder
+            and PART_OF_FILE_NAME.fullmatch(options.get("date", "none")) is not None
+        )
     except (TypeError, ValueError):
         known = counted = plain = False
     if not (known and counted and plain):

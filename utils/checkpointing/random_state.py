@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def seed_everything(seed: int) -> None:
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of all random generators of this process, as tensors and plain values."""
     version, words, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     state = {
         "python": [version, list(words), gauss],
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), *[float(x) for x in rest]],

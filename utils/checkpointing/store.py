@@ -426,7 +426,8 @@ def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor
     Raises:
         UserError: neither a tensor of finite numbers nor names for its values.
     """
-    names, values = OFFICIAL_TERMS, official
+    names: Any = OFFICIAL_TERMS
+    values = official
     if isinstance(own, dict):
         names, values = own.get("names"), own.get("values")
     elif own is not None:

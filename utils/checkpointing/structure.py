@@ -133,7 +133,7 @@ def is_number(value: Any) -> bool:
 def is_plain(value: Any, levels: int) -> bool:
     """Whether this is a plain value or a structure of plain values with text as keys, of at most so many levels."""
     if isinstance(value, dict):
-        parts, named = value.values(), all(isinstance(key, str) for key in value)
+        parts, named = list(value.values()), all(isinstance(key, str) for key in value)
     elif isinstance(value, list):
         parts, named = value, True
     else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: The greatest value of options that have no other bound.
 LARGE = 10**9
 
 #: Whether a command line is a certain way.
-Test = Callable[[Namespace], bool]
+Test = Callable[[Namespace], object]
 
 
 class Rules(NamedTuple):
@@ -46,5 +46,5 @@ class Rules(NamedTuple):
     later: Sequence[str] = ()
     for_later: Sequence[str] = ()
     nothing_at_step_0: Mapping[str, str] = {}
-    classes_only: Mapping[str, Callable[[object], bool]] = {}
-    check: Callable[[Namespace], None] | None = None
+    classes_only: Mapping[str, Callable[[Any], bool]] = {}
+    check: Callable[[Namespace], object] | None = None

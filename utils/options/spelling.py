@@ -68,7 +68,9 @@ class Parser(argparse.ArgumentParser):
     Python 3.11 reads `--option=--` as an option with an empty list of values, whatever the option takes.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # one signature for the three of the standard parser
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As the standard parser's; see the class."""
         words = list(sys.argv[1:] if args is None else args)
         takes_names_alone = any(not action.option_strings for action in self._actions)
@@ -130,6 +132,6 @@ def show_defaults(parser: argparse.ArgumentParser) -> None:
         value = action.default
         if action.nargs == 0 or value in (None, "") or not action.help or action.help.startswith("no effect"):
             continue
-        words = {list: " ", tuple: ","}
+        words: dict[type, str] = {list: " ", tuple: ","}
         shown = words[type(value)].join(map(str, value)) if type(value) in words else str(value)
         action.help += f" (default: {shown.replace('%', '%%')})"

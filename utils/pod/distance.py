@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class _NestedDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, teacher: Tensor, student: Tensor, weight: Tensor | None, scales: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, teacher: Tensor, student: Tensor, weight: Tensor | None, scales: tuple[int, ...]) -> Tensor:
         batch, channels, height, width = student.shape
         finest = max(scales)
         difference = teacher - student
@@ -117,7 +118,7 @@ class _NestedDistance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         student, weight, row_slope, column_slope, distance = ctx.saved_tensors
         batch, channels, _, width = student.shape
         finest = row_slope.shape[0]

@@ -14,7 +14,7 @@ from utils.errors import UserError
 BACKBONE_TAPS = 4
 
 
-def loads(text: str) -> dict[str, Any]:
+def loads(text: str) -> dict[str, Any] | None:
     """The JSON object of `--pod_options`; anything else is an error of the command line."""
     if text.count("[") + text.count("{") > 100:
         raise ArgumentTypeError("it is nested more than 100 times; is it another text?")

@@ -6,9 +6,9 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +19,8 @@ from utils.runtime import distributed
 
 #: Seconds after which what was logged is flushed to the disk.
 FLUSH_SECONDS = 30.0
+
+Item = TypeVar("Item")
 
 
 class Logger:
@@ -95,7 +97,7 @@ class Logger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def bar(self, iterable, title: str, total: int | None = None, initial: int = 0):
+    def bar(self, iterable: Iterable[Item], title: str, total: int | None = None, initial: int = 0) -> tqdm[Item]:
         """A progress bar around an iterable.
 
         Args:

@@ -158,7 +158,13 @@ def read(results_file: Path) -> Shown | None:
     try:
         described = json.loads((folder / "legend.json").read_text(encoding="utf-8"))
         legend = {str(name): colour for name, colour in described if re.fullmatch("#[0-9a-f]{6}", colour)}
-        present = {int(v) for row in rows for path in row[1:] if path is not None for v in np.unique(Image.open(path))}
+        present = {
+            int(v)
+            for row in rows
+            for path in row[1:]
+            if path is not None
+            for v in np.unique(np.asarray(Image.open(path)))
+        }
     except (OSError, ValueError, TypeError):
         return None
     return Shown(steps, rows, {name: colour for i, (name, colour) in enumerate(legend.items()) if i in present})

@@ -235,9 +235,9 @@ def _task(runs: Sequence[Run]) -> TaskRuns:
     methods: dict[str, list[Run]] = {}
     for run in runs:
         options = run.document.get("options")
-        same = {key: value for key, value in options.items() if key not in NOT_OF_THE_METHOD} if options else run.label
+        same = sorted((key, value) for key, value in options.items() if key not in NOT_OF_THE_METHOD) if options else ()
         seedless = _without_seed(run.document["name"])
-        methods.setdefault(f"{seedless} {sorted(same.items()) if options else same}", []).append(run)
+        methods.setdefault(f"{seedless} {same if options else run.label}", []).append(run)
     groups = list(methods.values())
     names = [runs[0].document.get("method") or _name(runs) for runs in groups]
     labels = _different(_different(names, [_name(runs) for runs in groups]), [runs[0].label for runs in groups])

@@ -130,8 +130,8 @@ def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> Distribut
     """
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, **{option: follow_main})
+    chosen: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, option: follow_main}
+    return DistributedDataParallel(model, **chosen)
 
 
 def first_here() -> bool:
