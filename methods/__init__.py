@@ -25,6 +25,7 @@ from methods.plop import PLOP, PodDistillation, PseudoLabels
 from methods.rcil import RCIL
 from methods.reminder import REMINDER
 from methods.rw import RW
+from methods.sdr import SDR
 
 #: `--method` by name.
 METHODS: dict[str, type[Method]] = {
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
         MiBEWF,
         PLOPEWF,
         LSKDEWF,
+        SDR,
     )
 }
 

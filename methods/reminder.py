@@ -45,7 +45,7 @@ class SimilarityDistillation(Part):
         one_of=[(["csw_kd", "unkd", "kd_bce_sig", "exkd_gt", "exkd_sum"], "the distillation of outputs")],
         idle=[("--csw_kd above 0", lambda o: o.csw_kd > 0, ["delta_csw"])],
         later=["delta_csw"],
-        classes_only={"csw_kd": lambda factor: factor > 0},
+        classes_only={"csw_kd": bool},
     )
 
     def __init__(self, opts: Namespace, task: Task):

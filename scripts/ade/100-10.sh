@@ -12,6 +12,7 @@ STEPS=${STEPS:-"0 1 2 3 4 5"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-60}
 case $METHOD in # as published; 60 epochs where nothing is
     REMINDER) EPOCHS=${EPOCHS:-70} BATCH=${BATCH:-$((10 / GPUS))} ;;
+    SDR) EPOCHS=${EPOCHS:-60} BATCH=${BATCH:-$((4 / GPUS))} ;;
     *) EPOCHS=${EPOCHS:-60} ;;
 esac
 # further variables: scripts/common.sh

@@ -13,6 +13,7 @@ FIRST_EPOCHS=${FIRST_EPOCHS:-60}
 case $METHOD in # as published; 60 epochs where nothing is
     REMINDER) EPOCHS=${EPOCHS:-70} LR=${LR:-0.0008} BATCH=${BATCH:-$((10 / GPUS))} ;;
     MiB+EWF) EPOCHS=${EPOCHS:-60} BATCH=${BATCH:-$((48 / GPUS))} ;;
+    SDR) EPOCHS=${EPOCHS:-60} BATCH=${BATCH:-$((4 / GPUS))} ;;
     *) EPOCHS=${EPOCHS:-60} ;;
 esac
 LR=${LR:-0.001}

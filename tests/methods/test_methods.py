@@ -38,6 +38,7 @@ TERMS = {
     "PLOP": ("ce", "ce pod"),
     "REMINDER": ("ce", "ce csw pod"),
     "RCIL": ("ce", "ce kd pcd/spatial pcd/channel"),
+    "SDR": ("ce sparsity", "ce kd attraction repulsion matching sparsity"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
     "MiB+AWT": ("ce", "ce kd"),
     "MiB+EWF": ("ce", "ce kd"),
@@ -180,11 +181,17 @@ JOINED = {
     "similar": "--task 6-2 --method REMINDER --norm_act iabn_sync --lr 0.001",
     "attributed": "--task 6-2 --method MiB+AWT --norm_act iabn_sync --lr 0.001 --crop_size 64",
     "fused": "--task 6-2 --method MiB+EWF --norm_act iabn_sync --lr 0.001",
+    "latent": "--task 6-2 --method SDR --sdr_mend reshape --norm_act iabn_sync --lr 0.001",
 }
 #: Methods whose parts are those of other commands.
 COMPOSED = {"PLOP+EWF", "LSKD+EWF"}
 #: What a method learns beside its weights.
-KINDS = REGULARISED | {"PLOP": ["thresholds"], "LSKD": ["thresholds"], "REMINDER": ["thresholds", "prototypes"]}
+KINDS = REGULARISED | {
+    "PLOP": ["thresholds"],
+    "LSKD": ["thresholds"],
+    "REMINDER": ["thresholds", "prototypes"],
+    "SDR": ["prototypes"],
+}
 #: What the two processes run: every method, flags that touch the parameters besides the loss, and a run that one process repeats.
 COMMANDS = {
     method: f"{TASK.get(method, EVERY_STEP)} --method {method}" for method in TERMS if method not in COMPOSED

@@ -214,7 +214,7 @@ def test_a_step_0_without_prototypes_is_refused(finished, tmp_path, capsys, meth
 
 @pytest.mark.parametrize("value", [torch.zeros(3, thin.FEATURES), torch.full((4, thin.FEATURES), math.nan), [1.0], "x"])
 def test_prototypes_that_do_not_fit_are_refused(value):
-    with pytest.raises(UserError, match=r"--csw_kd: the prototypes in one.pth are not 4 rows of 42 finite numbers"):
+    with pytest.raises(UserError, match=r"--csw_kd: the prototypes in one\.pth are not 4 rows of 42 finite numbers"):
         a_step(prototypes=value)
 
 

@@ -123,6 +123,9 @@ PUBLISHED = [
     ("voc/10-1", "MiB+EWF", [30, 30], [0.01, 0.001], 24),
     ("ade/100-50", "MiB+EWF", [60, 60], [0.01, 0.001], 48),
     ("ade/100-10", "MiB+EWF", [60, 60], [0.01, 0.001], 24),
+    ("voc/19-1", "SDR", [30, 30], [0.001, 0.0001], 8),
+    ("voc/15-5", "SDR", [30, 30], [0.01, 0.001], 24),
+    ("ade/100-10", "SDR", [60, 60], [0.01, 0.001], 4),
 ]
 
 
@@ -134,6 +137,23 @@ def test_published_schedules(script, method, epochs, rates, batch, project, monk
     assert [opts.epochs for opts in options] == epochs
     assert [opts.lr for opts in options] == [[rate] for rate in rates]
     assert [2 * opts.batch_size for opts in options] == [batch] * 2
+
+
+@pytest.mark.parametrize("path", ["scripts/voc/15-5s.sh", "scripts/ade/100-10.sh"])
+@pytest.mark.parametrize(("method", "rates"), [("MiB+AWT", [0.02, 0.001])])
+def test_learning_rates_of_methods_that_came_later(path, method, rates, project, monkeypatch):
+    monkeypatch.chdir(project)
+    steps = commands(project, path, METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
+    assert [parsed(command).lr for command in steps] == [[rate] for rate in rates]
+
+
+def test_sdr_on_voc_19_1_is_the_official_script(project, monkeypatch):
+    monkeypatch.chdir(project)
+    first, second, _ = commands(project, "scripts/voc/19-1.sh", METHOD="SDR", DATA_ROOT="my data")
+    step0, step1 = parsed(first), parsed(second)
+    assert (step0.method, step0.unce, step0.loss_de_prototypes, step0.loss_featspars) == ("FT", True, 1, 0)
+    assert (step1.method, step1.loss_de_prototypes, step1.loss_featspars) == ("SDR", 0.01, 0.001)
+    assert {opts.overlap for opts in (step0, step1)} == {False} and {step0.opt_level, step1.opt_level} == {"O0"}
 
 
 def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):
