@@ -26,6 +26,7 @@ from methods.rcil import RCIL
 from methods.reminder import REMINDER
 from methods.rw import RW
 from methods.sdr import SDR
+from methods.ucd import UCD
 
 #: `--method` by name.
 METHODS: dict[str, type[Method]] = {
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
         PLOPEWF,
         LSKDEWF,
         SDR,
+        UCD,
     )
 }
 

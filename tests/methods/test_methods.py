@@ -38,6 +38,7 @@ TERMS = {
     "PLOP": ("ce", "ce pod"),
     "REMINDER": ("ce", "ce csw pod"),
     "RCIL": ("ce", "ce kd pcd/spatial pcd/channel"),
+    "UCD": ("ce", "ce kd contrastive"),
     "SDR": ("ce sparsity", "ce kd attraction repulsion matching sparsity"),
     "LSKD": ("ce", "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits"),
     "MiB+AWT": ("ce", "ce kd"),
