@@ -20,6 +20,7 @@ from dataset.tasks import Task
 from methods.base import Method, Part, Rules
 from methods.ft import class_growth
 from utils import pseudo
+from utils.balance.equilibrium import TermSpec
 from utils.checkpointing import structure
 from utils.errors import UserError
 from utils.options.groups import add_switch, option_group
@@ -285,6 +286,10 @@ class PodDistillation(Part):
             self.taps(batch.teacher), self.taps(batch.student), self.options, None, batch.labels, self.task.num_old
         )
         return {"pod": pod.pod_loss(distances, 1.0 if self.opts.no_pod_schedule else class_growth(self.task))}
+
+    def term_specs(self) -> list[TermSpec]:
+        """The mean over the taps, measured at the head."""
+        return [TermSpec("pod")]
 
 
 PLOP_PRESET: dict[str, Any] = {

@@ -57,6 +57,17 @@ def _thin():
         yield
 
 
+def declared(terms):
+    """`Method.terms`, which also holds that the parts declare exactly the terms that they yield."""
+
+    def checked(method, batch):
+        found = terms(method, batch)
+        assert set(found) == {spec.name for part in method.parts for spec in part.term_specs()}
+        return found
+
+    return checked
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """method -> the folder in which all its steps were run, once."""
@@ -66,7 +77,9 @@ def finished(tmp_path_factory):
         if method not in folders:
             folder = tmp_path_factory.mktemp("run")
             words = f"{TASK.get(method, EVERY_STEP)} --method {method}"
-            assert thin.launch(folder, words) == 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(methods.Method, "terms", declared(methods.Method.terms))
+                assert thin.launch(folder, words) == 0
             folders[method] = folder
         return folders[method]
 
