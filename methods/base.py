@@ -4,32 +4,34 @@ The official programs describe a method by its flags, and `--method` is a shorth
 adds named loss terms, pseudo-labels, an initialisation, a phase or state, is switched on by options, and any set of options
 composes a method. A new method is a subclass of `Method` with a name, a paper and a preset, and a `Part` for what is new in it.
 
-The hooks of a part, in the order in which a step calls them. "Resumed" says what a resume does with the hook.
+The hooks of a part, in the order in which a step calls them, on all processes. "Resumed" says what a resume does with the hook.
 
-    hook                when                                                    processes   resumed
-    add_options         the command line is built                               all         called
-    wrap_model          each network is built, before weights are loaded        all         called
-    attach              student and teacher hold the weights of step t−1        all         called, before the state is loaded
-    replay              the training set of the step is built                   all         called
-    init_classifier     before optimiser and wrapper are made                   all         not called: the state has the weights
-    frozen              before the optimiser is made                            all         called
-    parameter_groups    the optimiser is made                                   all         called
-    make_balancer       the optimiser is made                                   all         called, its state is loaded
-    begin_step          before the first iteration                              all         not called: `state_dict` has its result
-    phases              before and after the main training, `methods.phase`     all         continued at the same iteration
-    prepare             every iteration, before the student's forward pass      all         -
-    terms               every iteration, after it                               all         -
-    penalties           every iteration, before the backward pass               all         -
-    after_backward      every iteration, before the optimiser's step            all         -
-    after_step          every iteration, after it                               all         -
-    remedies            a loss diverges or is not finite                        all         -
-    end_epoch           after every epoch                                       all         -
-    end_validation      after every validation                                  all         -
-    end_step            after the last epoch and phase, before the checkpoint   all         called, if the step did not get so far
-    export              a checkpoint of the finished step is written            all         -
-    state_dict          every saved state, and the finished checkpoint          all         -
-    load_state_dict     a resume                                                all         called last
-    begin_test          before the test of the step, and of --test              all         called, if the test is not recorded
+    hook                when                                                    resumed
+    add_options         the command line is built                               called
+    enabled             the method is built, for every step                     called
+    wrap_model          each network is built, before weights are loaded        called
+    attach              student and teacher hold the weights of step t−1        called, before the state is loaded
+    replay              the training set of the step is built                   called
+    init_classifier     before optimiser and wrapper are made                   not called: the state has the weights
+    frozen              before the optimiser is made                            called
+    phases              before and after the main training (methods/phase.py)   continued at the same iteration
+    term_specs          the balancer is made                                    called
+    make_balancer       before the optimiser is made                            called, its state is loaded
+    parameter_groups    the optimiser is made                                   called
+    begin_step          before the first iteration                              not called: `state_dict` has its result
+    prepare             every iteration, before the student's forward pass      -
+    terms               every iteration, after it                               -
+    penalties           every iteration, before the backward pass               -
+    after_backward      every iteration, before the optimiser's step            -
+    after_step          every iteration, after it                               -
+    remedies            a loss diverges or is not finite                        -
+    end_epoch           after every epoch                                       -
+    end_validation      after every validation                                  -
+    end_step            after the last epoch and phase, before the checkpoint   called, if the step did not get so far
+    export              a checkpoint of the finished step is written            -
+    state_dict          every saved state, and the finished checkpoint          -
+    load_state_dict     a resume                                                called last
+    begin_test          before the test of the step, and of --test              called, if the test is not recorded
 """
 
 from __future__ import annotations
@@ -188,8 +190,7 @@ class Part:
         return {}
 
     def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Named scalars that depend on the parameters alone and are added to the total loss; called without gradient before the backward
-        pass. The part adds their gradient in `after_backward`."""
+        """Named scalars that depend on the parameters alone and join the total loss, without gradient: `after_backward` adds it."""
         return {}
 
     def after_backward(self, model: SegmentationModel) -> None:
@@ -286,10 +287,7 @@ class Method:
             part.wrap_model(model)
 
     def attach(
-        self,
-        model: SegmentationModel,
-        teacher: nn.Module | None = None,
-        checkpoint: Mapping[str, Any] | None = None,
+        self, model: SegmentationModel, teacher: nn.Module | None = None, checkpoint: Mapping[str, Any] | None = None
     ) -> None:
         """Hand the networks and what step t−1 left to the parts.
 
