@@ -21,6 +21,7 @@ from typing import Any
 
 import methods
 from dataset import DATASETS, load_task, tasks
+from modules.backbones import BACKBONES
 from utils.errors import UserError
 from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
@@ -28,7 +29,6 @@ from utils.options.groups import add_switch, option_group
 from utils.options.rules import Rules
 from utils.options.spelling import AnyCase, Parser, show_defaults
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
 #: Groups of `--help` that the parts of methods fill, in their order; further ones of theirs come behind.
 PART_GROUPS = (
     "classification loss",

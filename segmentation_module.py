@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset.tasks import Task
+from modules import backbones
+from modules.body import Body
 from modules.classifier import Classifiers
 from modules.deeplab import DeeplabV3
 from modules.fold import fold_frozen
-from modules.mobilenet import MobileNetV2
-from modules.norm import ABN, make_norm
+from modules.norm import make_norm
 from modules.pretrained import load_backbone
-from modules.resnet import ResNet
 from modules.upsample import upsample
 from utils.checkpointing.store import Store, read
 from utils.errors import UserError
@@ -33,12 +33,12 @@ class SegmentationModel(nn.Module):
     The names and shapes of the state dict are the official ones without the leading "module.".
 
     Args:
-        body: (B, 3, H, W) -> (map, four attentions).
+        body: (B, 3, H, W) -> (map, four attentions), see `Body`.
         head: map -> (B, 256, h, w).
         classifiers: (B, 256, h, w) -> (B, C, h, w).
     """
 
-    def __init__(self, body: ResNet | MobileNetV2, head: DeeplabV3, classifiers: Classifiers) -> None:
+    def __init__(self, body: Body, head: DeeplabV3, classifiers: Classifiers) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -103,14 +103,13 @@ class SegmentationModel(nn.Module):
         self.cls.align(reference)
 
     def watched_weights(self) -> dict[str, nn.Parameter]:
-        """RGE's W by tap: the first parameter of each stage of the body, and of the head's last norm for both taps of the head."""
-        stages = (self.body.get_submodule(f"mod{number}") for number in range(2, 6))
+        """RGE's W by tap: that of each stage of the body (`Body.watched_weights`), and the head's last norm for both taps of the head."""
         head = self.get_parameter("head.red_bn.weight")
-        return dict(zip(TAP_NAMES, (*(next(stage.parameters()) for stage in stages), head, head)))
+        return dict(zip(TAP_NAMES, (*self.body.watched_weights(), head, head)))
 
 
-def _norms(module: nn.Module) -> list[ABN]:
-    return [m for m in module.modules() if isinstance(m, ABN)]
+def _norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
 
 
 def make_model(
@@ -133,11 +132,7 @@ def make_model(
         UserError: an option without meaning, or backbone weights that are missing or do not fit.
     """
     norm = make_norm(opts.norm_act)
-    body: MobileNetV2 | ResNet
-    if opts.backbone == "mobilenet_v2":
-        body = MobileNetV2(norm, opts.output_stride)
-    else:
-        body = ResNet(opts.backbone, norm, opts.output_stride)
+    body = backbones.find(opts.backbone).build(norm, opts.output_stride)
     head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, opts.output_stride, opts.pooling)
     classifiers = Classifiers(
         HEAD_CHANNELS,

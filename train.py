@@ -104,7 +104,7 @@ class Trainer:
                 self.model = cast(nn.Module, torch.compile(self.model))
         if distributed.active():
             # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
-            follow_main = not self.opts.norm_act.startswith("iabn_sync")
+            follow_main = self.network.body.own_norms or not self.opts.norm_act.startswith("iabn_sync")
             self.model = distributed.wrap(self.model, self.device, follow_main)
 
     # -------------------------------------------------------------- training

@@ -115,7 +115,7 @@ class RepresentationCompensation(Part):
     def wrap_model(self, model: SegmentationModel) -> None:
         """Double the convs; the new ones start as copies, of the ImageNet weights too, or from draws of their own without them."""
         if self.opts.rcil_stem == "released":
-            cast(ABN, model.body.mod1.get_submodule("bn1")).activation = "identity"
+            cast(ABN, model.body.get_submodule("mod1.bn1")).activation = "identity"
         if self.opts.rcil_network == MERGED:
             return
         for block in [module for module in model.body.modules() if isinstance(module, ResidualBlock)]:

@@ -32,14 +32,14 @@ class Activation(nn.Module):
 
 
 def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
-    """A frozen network that computes the same without norms: every conv takes over the affine map of its norm.
+    """A frozen network that computes the same without norms: a conv takes over the affine map of its norm.
 
     In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b. The two branches of a
     layer of RCIL become one.
 
     Args:
-        model: a network in evaluation mode whose parameters take no gradient; norms follow their conv in an
-            `nn.Sequential`, or stand beside it as `proj_conv`, `proj_bn`, or belong to a `DeeplabV3` head.
+        model: a network in evaluation mode whose parameters take no gradient. Norms are folded that follow their conv in an
+            `nn.Sequential`, or stand beside it as `proj_conv`, `proj_bn`, or belong to a `DeeplabV3` head; others stay.
         in_place: fold the given network instead of a copy, which spares the memory of a second set of weights.
 
     Returns:
@@ -58,8 +58,6 @@ def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
                 _fold_pair(module, first, second)
         elif getattr(module, "proj_conv", None) is not None:
             _fold_pair(module, "proj_conv", "proj_bn")
-    left = [name for name, module in model.named_modules() if isinstance(module, ABN)]
-    assert not left, f"norms without a conv to fold into: {left}"
     return model.requires_grad_(False)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from modules.body import Body, BodyOutput, Norm
 from modules.resnet import DILATIONS
 from utils.errors import UserError
 
@@ -54,7 +54,7 @@ class InvertedResidual(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        norm: Callable[..., nn.Module],
+        norm: Norm,
         expansion: int,
         stride: int = 1,
         dilation: int = 1,
@@ -82,7 +82,7 @@ class InvertedResidual(nn.Module):
         return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Body):
     """The body: a stem (mod1) and four stages (mod2 to mod5), named as those of `ResNet`.
 
     A stage that may not halve the map drops its stride and dilates the convs after the one that had it: on every
@@ -106,12 +106,8 @@ class MobileNetV2(nn.Module):
     """
 
     slope = 1.0
-    mod2: nn.Module
-    mod3: nn.Module
-    mod4: nn.Module
-    mod5: nn.Module
 
-    def __init__(self, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
+    def __init__(self, norm: Norm, output_stride: int = 16) -> None:
         super().__init__()
         if output_stride not in DILATIONS:
             raise UserError(f"--output_stride {output_stride}: choose 8 or 16")
@@ -135,18 +131,35 @@ class MobileNetV2(nn.Module):
             self.add_module(f"mod{i + 2}", nn.Sequential(stage))
         self.out_channels = channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, images: Tensor) -> BodyOutput:
         """(B, 3, H, W) -> the last map (B, 320, h, w), and the four attentions: the stages' outputs.
 
         The bottlenecks are linear, so nothing follows that an attention would have to precede: the last attention is
         the last map itself.
         """
-        x = self.mod1(x)
+        x = self.mod1(images)
         attentions = []
-        for stage in (self.mod2, self.mod3, self.mod4, self.mod5):
+        for stage in self.stages():
             x = stage(x)
             attentions.append(x)
         return x, tuple(attentions)
+
+    @staticmethod
+    def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Rename a torchvision MobileNetV2's weights to the names of the body.
+
+        The ImageNet classifier (classifier.*) and its 1280-channel conv (features.18.*) are dropped; a name that is not
+        of a MobileNetV2 stays as it is, for the check against the body to refuse.
+        """
+        if "features.0.0.weight" not in state:
+            return None
+        names = torchvision_names()
+        renamed = {}
+        for key, value in state.items():
+            module, _, parameter = key.rpartition(".")
+            if module not in ("classifier.1", "features.18.0", "features.18.1"):
+                renamed[f"{names[module]}.{parameter}" if module in names else key] = value
+        return renamed
 
 
 def torchvision_names() -> dict[str, str]:
@@ -164,18 +177,3 @@ def torchvision_names() -> dict[str, str]:
         names[f"features.{index}.conv.{last - 1}"] = f"{block}.convs.conv{last}"
         names[f"features.{index}.conv.{last}"] = f"{block}.convs.bn{last}"
     return names
-
-
-def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a torchvision MobileNetV2's state dict to the names of the body.
-
-    The ImageNet classifier (classifier.*) and its 1280-channel conv (features.18.*) are dropped; a name that is not of
-    a MobileNetV2 stays as it is, for the check against the body to refuse.
-    """
-    names = torchvision_names()
-    renamed = {}
-    for key, value in state.items():
-        module, _, parameter = key.rpartition(".")
-        if module not in ("classifier.1", "features.18.0", "features.18.1"):
-            renamed[f"{names[module]}.{parameter}" if module in names else key] = value
-    return renamed

@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from modules import mobilenet
+from modules import backbones
+from modules.body import Body
 from modules.norm import ABN
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.structure import IN_PLACE_NORMS, scales_in_place
@@ -26,18 +27,16 @@ _SOURCES = (
 )
 
 
-def load_backbone(
-    body: nn.Module, backbone: str, norm: str, source: str | None, log: Callable[[str], None] = print
-) -> None:
+def load_backbone(body: Body, backbone: str, norm: str, source: str | None, log: Callable[[str], None] = print) -> None:
     """Fill the body with ImageNet weights.
 
     Args:
-        body: a `ResNet` or a `MobileNetV2`.
+        body: that of the backbone.
         backbone: its name, such as "resnet101".
-        norm: its norm, a key of `modules.norm.NORMS`.
-        source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm of the same meaning),
-            "torchvision" for torchvision's weights (IMAGENET1K_V1, downloaded once into torch's cache), or a file in
-            the official naming or in torchvision's.
+        norm: its norm, a key of `modules.norm.NORMS`; without meaning for a body with norms of its own.
+        source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm of the same meaning; for a body with
+            norms of its own pretrained/<backbone>.pth.tar), "torchvision" for torchvision's weights (IMAGENET1K_V1,
+            downloaded once into torch's cache), or a file in the body's naming or in torchvision's.
         log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
 
     Raises:
@@ -48,25 +47,27 @@ def load_backbone(
         name, state = _torchvision_state(backbone)
         digest = ""
     else:
-        path, file_norm = (Path(source), norm) if source else _default_file(backbone, norm, log)
+        path, file_norm = (Path(source), norm) if source else _default_file(body, backbone, norm, log)
         state, digest = _read(path)
         name = str(path)
-    if "conv1.weight" in state:
-        state, file_norm = from_torchvision(state), "abn"
-    elif "features.0.0.weight" in state:
-        state, file_norm = mobilenet.from_torchvision(state), "abn"
+    renamed = body.from_torchvision(state)
+    if renamed is not None:
+        state, file_norm = renamed, "abn"
     state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
     _check(body, state, name)
-    _reexpress_scales(state, body, scales_in_place(file_norm), scales_in_place(norm))
+    if not body.own_norms:
+        _reexpress_scales(state, body, scales_in_place(file_norm), scales_in_place(norm))
     body.load_state_dict(state)
     log(f"backbone weights: {name}{f', sha256 {digest}' if digest else ''}")
 
 
-def _default_file(backbone: str, norm: str, log: Callable[[str], None]) -> tuple[Path, str]:
+def _default_file(body: Body, backbone: str, norm: str, log: Callable[[str], None]) -> tuple[Path, str]:
     """The official file of this backbone, and the norm it was trained with."""
     own = "iabn_sync" if norm == "iabn_sync_test" else norm
     candidates = [own, *(n for n in (*IN_PLACE_NORMS, *_PLAIN) if n != own)]
     paths = {n: Path("pretrained") / f"{backbone}_{n}.pth.tar" for n in candidates}
+    if body.own_norms:
+        paths = {own: Path("pretrained") / f"{backbone}.pth.tar"}
     for candidate, path in paths.items():
         if path.is_file():
             if candidate != own:
@@ -95,7 +96,12 @@ def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
     """Name and state dict of torchvision's ImageNet weights; V1, the ones its own segmentation models start from."""
     from torchvision import models
 
-    weights = models.get_model_weights(backbone).IMAGENET1K_V1
+    known = backbones.find(backbone).torchvision
+    if known is None:
+        raise UserError(
+            f"--pretrained torchvision: torchvision has no weights of --backbone {backbone}; name a file, or add --no_pretrained"
+        )
+    weights = models.get_model_weights(known).IMAGENET1K_V1
     try:
         return f"torchvision {backbone} {weights.name}", weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -103,27 +109,6 @@ def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
             f"--pretrained torchvision: {weights.url} could not be fetched ({error}); download it elsewhere and name "
             "it by --pretrained FILE, or add --no_pretrained"
         ) from error
-
-
-def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a torchvision ResNet's state dict to the official names of the body; the classifier is dropped.
-
-    conv1, bn1 -> mod1.conv1, mod1.bn1; layerN.I.convJ -> mod(N+1).block(I+1).convs.convJ, bnJ alike;
-    downsample.0, .1 -> proj_conv, proj_bn.
-    """
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("fc."):
-            continue
-        if match := re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", key):
-            stage, block, rest = int(match[1]), int(match[2]), match[3]
-            rest = rest.replace("downsample.0", "proj_conv").replace("downsample.1", "proj_bn")
-            rest = rest if rest.startswith("proj_") else f"convs.{rest}"
-            key = f"mod{stage + 1}.block{block + 1}.{rest}"
-        else:
-            key = f"mod1.{key}"
-        renamed[key] = value
-    return renamed
 
 
 def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modules.norm import SLOPE
+from modules.body import Body, BodyOutput, Norm
 from modules.residual import ResidualBlock, Stage
 from utils.errors import UserError
 
@@ -48,7 +48,7 @@ class Stem(nn.Sequential):
         return self.pool1(self.bn1(x.contiguous(memory_format=torch.channels_last))).contiguous()
 
 
-class ResNet(nn.Module):
+class ResNet(Body):
     """The body: a stem (mod1) and four residual stages (mod2 to mod5).
 
     The convs keep PyTorch's own start (Kaiming uniform, a = √5), as in the official programs, which start only the
@@ -59,27 +59,15 @@ class ResNet(nn.Module):
         norm: callable (num_features, activation) -> norm module.
         output_stride: input size over the size of the last map, 16 or 8.
 
-    Attributes:
-        out_channels: channels of the last map (512 or 2048).
-        slope: negative slope of the activation that ends each stage.
-
     Raises:
-        UserError: no such backbone or output stride.
+        UserError: no such output stride.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; dilations as in Chen et al.,
         "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
     """
 
-    slope = SLOPE
-    mod2: nn.Module
-    mod3: nn.Module
-    mod4: nn.Module
-    mod5: nn.Module
-
-    def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
+    def __init__(self, backbone: str, norm: Norm, output_stride: int = 16) -> None:
         super().__init__()
-        if backbone not in ARCHITECTURES:
-            raise UserError(f"--backbone {backbone}: unknown body; choose one of {', '.join(ARCHITECTURES)}")
         if output_stride not in DILATIONS:
             raise UserError(f"--output_stride {output_stride}: choose 8 or 16")
         blocks, bottleneck = ARCHITECTURES[backbone]
@@ -102,12 +90,35 @@ class ResNet(nn.Module):
             self.add_module(f"mod{i + 2}", Stage(stage))
         self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, images: Tensor) -> BodyOutput:
         """(B, 3, H, W) -> the last map (B, out_channels, h, w), and the four attentions: the stages' outputs before
         their final activation."""
-        x = self.mod1(x)
+        x = self.mod1(images)
         attentions = []
-        for stage in (self.mod2, self.mod3, self.mod4, self.mod5):
+        for stage in self.stages():
             x, attention = stage(x)
             attentions.append(attention)
         return x, tuple(attentions)
+
+    @staticmethod
+    def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Rename a torchvision ResNet's weights to the official names of the body; the classifier is dropped.
+
+        conv1, bn1 -> mod1.conv1, mod1.bn1; layerN.I.convJ -> mod(N+1).block(I+1).convs.convJ, bnJ alike;
+        downsample.0, .1 -> proj_conv, proj_bn.
+        """
+        if "conv1.weight" not in state:
+            return None
+        renamed = {}
+        for key, value in state.items():
+            if key.startswith("fc."):
+                continue
+            if match := re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", key):
+                stage, block, rest = int(match[1]), int(match[2]), match[3]
+                rest = rest.replace("downsample.0", "proj_conv").replace("downsample.1", "proj_bn")
+                rest = rest if rest.startswith("proj_") else f"convs.{rest}"
+                key = f"mod{stage + 1}.block{block + 1}.{rest}"
+            else:
+                key = f"mod1.{key}"
+            renamed[key] = value
+        return renamed

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 
 import argparser
+import methods
 from scripts import compare_methods
 from scripts.benchmark import __main__ as benchmark
 from tests.stress import fault_injection
@@ -196,10 +197,33 @@ def test_the_readme_is_short_and_says_where_it_was_tested():
     assert any("GPU" in line for line in lines[:12])
 
 
-@pytest.mark.parametrize("example", ["feature_norm.py", "pets.py"])
+@pytest.mark.parametrize("example", ["feature_norm.py", "pets.py", "four_stages.py"])
 def test_examples_are_the_files_that_the_tests_run(example):
     text = (ROOT / "tests" / "examples" / example).read_text().rstrip()
     assert f"```python\n{text}\n```" in (ROOT / "docs" / "extending.md").read_text()
+
+
+def test_excerpts_of_the_hooks_are_in_the_example():
+    example = (ROOT / "tests" / "examples" / "every_hook.py").read_text()
+    section = (ROOT / "docs" / "extending.md").read_text().partition("### Phases")[2].partition("Losses themselves")[0]
+    excerpts = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(excerpts) == 3 and all(excerpt in example for excerpt in excerpts)
+
+
+def test_the_table_of_hooks_is_that_of_the_code():
+    """Names, order, times and what a resume does, as methods/base.py has them; and no hook is missing."""
+    hooks = re.findall(r"^    (\w+) {2,}(.+?) {2,}(.+)$", methods.base.__doc__, flags=re.MULTILINE)[1:]
+    table = (ROOT / "docs" / "extending.md").read_text().partition("| hook | when |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", table, flags=re.MULTILINE)
+    assert rows == [
+        (name, when, resumed.replace("-", "–") if resumed == "-" else resumed) for name, when, resumed in hooks
+    ]
+    own = {
+        name
+        for name, value in vars(methods.Part).items()
+        if callable(value) or isinstance(value, classmethod | staticmethod)
+    }
+    assert {name for name, _, _ in rows} == {name for name in own if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("method", ["LSKD", "PLOP", "MiB"])

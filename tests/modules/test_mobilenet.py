@@ -7,7 +7,6 @@ import torch
 import torchvision
 from torch import nn
 
-from modules import mobilenet
 from modules.fold import fold_frozen
 from modules.mobilenet import InvertedResidual, MobileNetV2
 from modules.norm import ABN, make_norm
@@ -94,7 +93,7 @@ def test_refused_stride():
 
 def test_torchvision_names_and_shapes():
     with torch.device("meta"):
-        theirs = mobilenet.from_torchvision(torchvision.models.mobilenet_v2(weights=None).state_dict())
+        theirs = MobileNetV2.from_torchvision(torchvision.models.mobilenet_v2(weights=None).state_dict())
         ours = MobileNetV2(make_norm("abn")).state_dict()
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from modules.norm import make_norm
-from modules.pretrained import from_torchvision, load_backbone
+from modules.pretrained import load_backbone
 from modules.resnet import ResNet
 
 
@@ -79,14 +79,14 @@ def test_torchvision_weights_compute_the_same(folder, norm):
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_torchvision_names_and_shapes(backbone):
     with torch.device("meta"):
-        theirs = from_torchvision(torchvision.models.get_model(backbone, weights=None).state_dict())
+        theirs = ResNet.from_torchvision(torchvision.models.get_model(backbone, weights=None).state_dict())
         ours = ResNet(backbone, make_norm("abn")).state_dict()
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 
 
 def test_running_statistics_land_where_they_belong():
     source = torchvision_resnet18().state_dict()
-    state = from_torchvision(source)
+    state = ResNet.from_torchvision(source)
     assert torch.equal(state["mod3.block1.proj_bn.running_var"], source["layer2.0.downsample.1.running_var"])
     assert torch.equal(state["mod5.block2.convs.bn2.running_mean"], source["layer4.1.bn2.running_mean"])
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.sampler import FixedBatches
+from modules import backbones
 from modules.atrous import AtrousConv2d
 from modules.classifier import FUSIONS, Classifiers
 from modules.deeplab import DeeplabV3
@@ -420,7 +421,7 @@ def test_refused():
     with pytest.raises(ValueError, match="--cosine"):
         Classifiers(1, [3], cosine=True, background_modes=2)
     with pytest.raises(ValueError, match="--backbone vgg"):
-        ResNet("vgg", make_norm("abn"))
+        backbones.find("vgg")
     with pytest.raises(ValueError, match="--output_stride 4"):
         ResNet("resnet18", make_norm("abn"), 4)
 

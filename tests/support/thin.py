@@ -7,7 +7,7 @@ import json
 import shlex
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import run
 import segmentation_module
 from dataset.sampler import FixedBatches
 from dataset.tasks import Task
+from modules.backbones import BACKBONES, Backbone
+from modules.body import Body, Norm
 from modules.deeplab import DeeplabV3, xavier_
 from modules.residual import ResidualBlock, Stage
-from modules.resnet import DILATIONS, ResNet, Stem
+from modules.resnet import ARCHITECTURES, DILATIONS, ResNet, Stem
 from train import Trainer
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
@@ -41,14 +43,13 @@ SMALL = (
 )
 
 
-class ThinResNet(nn.Module):
+class ThinResNet(Body):
     """The body with one block a stage and 8 or 12 channels."""
 
     out_channels = 12
-    slope = ResNet.slope
     forward = ResNet.forward
 
-    def __init__(self, backbone: str, norm: Callable[..., nn.Module], output_stride: int = 16) -> None:
+    def __init__(self, norm: Norm, output_stride: int = 16) -> None:
         super().__init__()
         conv, pool = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
         self.mod1 = Stem(OrderedDict(conv1=conv, bn1=norm(8), pool1=pool))
@@ -68,7 +69,8 @@ def program() -> Iterator[None]:
     """The program builds thin networks and computes in one thread."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation_module, "ResNet", ThinResNet)
+        for name in ARCHITECTURES:
+            patch.setitem(BACKBONES, name, Backbone(ThinResNet))
         patch.setattr(segmentation_module, "HEAD_CHANNELS", FEATURES)
         patch.setattr(DeeplabV3, "hidden_channels", 8)
         torch.set_num_threads(1)

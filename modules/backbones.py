@@ -1,0 +1,42 @@
+"""The backbones: what `--backbone` can name. A new one is a subclass of `Body` in a file of its own, and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from modules.body import Body, Norm
+from modules.mobilenet import MobileNetV2
+from modules.resnet import ARCHITECTURES, ResNet
+from utils.errors import UserError
+
+
+class Backbone(NamedTuple):
+    """How a name becomes a body.
+
+    Attributes:
+        build: (norm, output stride) -> body with random weights.
+        torchvision: name of torchvision's network whose ImageNet weights `--pretrained torchvision` loads; None where it has none.
+    """
+
+    build: Callable[[Norm, int], Body]
+    torchvision: str | None = None
+
+
+#: `--backbone` by name.
+BACKBONES: dict[str, Backbone] = {
+    **{name: Backbone(partial(ResNet, name), torchvision=name) for name in ARCHITECTURES},
+    "mobilenet_v2": Backbone(MobileNetV2, torchvision="mobilenet_v2"),
+}
+
+
+def find(name: str) -> Backbone:
+    """The backbone of that name.
+
+    Raises:
+        UserError: no backbone has that name.
+    """
+    if name not in BACKBONES:
+        raise UserError(f"--backbone {name[:80]}: unknown body; choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[name]
