@@ -91,9 +91,10 @@ def build(opts: Namespace, task: Task) -> Method:
 
 
 def describe() -> str:
-    """One line a method: name, year, paper, preset."""
+    """One line a method: name, paper, year, preset, what its checkpoints hold beside the network, and the step 0 that it needs."""
     lines = []
     for method in METHODS.values():
         preset = ", ".join(f"{key}={value}" for key, value in method.preset.items()) or "no preset"
-        lines.append(f"{method.name:<7} {method.paper} {method.year}; {preset}")
+        kept = f"stores {method.stores}; step 0: {method.step0}"
+        lines.append(f"{method.name:<8} {method.paper} {method.year}; {preset}; {kept}")
     return "\n".join(lines)

@@ -118,4 +118,6 @@ class EWC(Method):
     name = "EWC"
     paper = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS"
     year = 2017
+    stores = "the importance of each weight"
+    step0 = "its own, else there is no penalty"
     preset = {"regularizer": "ewc", "reg_importance": 100.0}

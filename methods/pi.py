@@ -11,4 +11,6 @@ class PI(Method):
     name = "PI"
     paper = "Zenke et al., Continual Learning Through Synaptic Intelligence, ICML"
     year = 2017
+    stores = "the importance of each weight"
+    step0 = "its own, else there is no penalty"
     preset = {"regularizer": "pi", "reg_importance": 100.0}

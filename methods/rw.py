@@ -11,4 +11,6 @@ class RW(Method):
     name = "RW"
     paper = "Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV"
     year = 2018
+    stores = "the importance of each weight"
+    step0 = "its own, else there is no penalty"
     preset = {"regularizer": "rw", "reg_importance": 100.0}

@@ -1,11 +1,8 @@
 """UCD's contrastive distillation: features of positions with the same label are drawn together, as sure as the teacher is of both.
 
 The matrix of all pairs of positions is not made: `contrastive_distillation` goes through it in blocks of rows, and computes the gradient
-of a block with its value. With n anchors, m contrasts (m ≤ 2n) of D channels and C_old classes it needs about
-
-    (n + m)·(D + C_old) + n·D + 8·BLOCK    numbers,
-
-where the whole matrix has n·m, and several of its size would be alive at once. 24 images of 512 px at stride 16 have n ≤ 24576.
+of a block with its value. With n anchors, m contrasts (m ≤ 2n) of D channels, and C_old classes, `memory` says how many numbers are
+alive at once. The whole matrix has n·m, and several of its size would be. 24 images of 512 px at stride 16 have n ≤ 24576.
 
 Reference: Yang et al., "Uncertainty-aware Contrastive Distillation for Incremental Semantic Segmentation" (UCD), TPAMI 2022.
 """
@@ -32,6 +29,19 @@ LAST_OF_VOC = 20
 BLOCK = 2**22
 #: Lifts an average of equal labels that rounding left just below them.
 _ROUNDING = 1e-6
+
+
+def memory(anchors: int, contrasts: int, channels: int, classes: int, block: int = BLOCK) -> int:
+    """How many numbers the pairs and their comparison hold at most, the features and logits that they are made from not counted.
+
+    Args:
+        anchors, contrasts: n and m.
+        channels: D.
+        classes: C_old.
+        block: as for `contrastive_distillation`.
+    """
+    vectors = (anchors + contrasts) * channels + 2 * contrasts * classes
+    return vectors + 3 * anchors * channels + 9 * min(block, anchors * contrasts)
 
 
 def given_labels(labels: Tensor, size: torch.Size, last: int = LAST_OF_VOC, nearest: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,7 +209,7 @@ class Workbench:
         teacher = self._plain_teacher(method) if method.needs_teacher else None
         self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
         self.student = self._student(method, teacher)
-        method.attach(self.student, teacher)
+        method.attach(self.student, teacher, self._checkpoint(teacher))
         self.teacher = self.plain_teacher = self.plain_student = None
         if "floor" in parts:
             # Alone, the floor's networks are not kept twice: its memory is measured too
@@ -238,6 +239,16 @@ class Workbench:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         return teacher.eval().requires_grad_(False).to(memory_format=self.layout)
+
+    def _checkpoint(self, teacher: SegmentationModel | None) -> dict[str, Any]:
+        """What the step before leaves for methods that build on it, such as prototypes, had it seen this batch alone."""
+        if teacher is None:
+            return {}
+        method = methods.build(self.opts, self.task.at(0))
+        method.attach(teacher)
+        old = torch.where(self.labels < self.task.num_old, self.labels, 0)
+        method.end_step(teacher, FixedBatches([(self.images, old)]), self.device)
+        return {"model_state": teacher.state_dict(), "method_state": method.state_dict()}
 
     def _student(self, method: methods.Method, teacher: nn.Module | None) -> SegmentationModel:
         student = build_network(self.opts, self.task.classes_per_step, False, method.wrap_model).to(self.device)

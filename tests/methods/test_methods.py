@@ -321,6 +321,7 @@ def test_list_of_methods_has_a_line_for_each(capsys):
     for line, method in zip(lines, methods.METHODS.values()):
         assert line.startswith(method.name + " ") and method.paper in line and str(method.year) in line
         assert all(f"{dest}={value}" in line for dest, value in method.preset.items())
+        assert line.endswith(f"; stores {method.stores}; step 0: {method.step0}")
 
 
 def test_presets_are_printed_and_those_of_a_task_marked(tmp_path, capsys):

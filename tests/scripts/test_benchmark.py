@@ -77,6 +77,19 @@ def test_floor_takes_as_many_teacher_passes_as_the_method_needs(method, passes):
     assert not all(torch.equal(p, q) for p, q in zip(before, bench.student.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("REMINDER", {"ce", "csw", "pod"}),
+        ("SDR", {"ce", "kd", "attraction", "repulsion", "matching", "sparsity"}),
+        ("UCD", {"ce", "kd", "contrastive"}),
+    ],
+)
+def test_a_method_that_builds_on_a_state_of_the_step_before_has_one(method, terms):
+    bench = Workbench(small("--method", method), CPU, parts=("iteration",))
+    assert set(bench.trainer.train_iteration(bench.images, bench.labels)) == {*terms, "loss"}
+
+
 def test_teacher_of_the_floor_keeps_its_norms_and_agrees_with_the_folded_one():
     bench = Workbench(small(), CPU)
     names = [name for name, _ in bench.teacher.named_buffers()]

@@ -1,6 +1,7 @@
 """utils/contrastive.py: labels by hand, the loss against its formula written out, blocks, and cases without pairs."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -96,27 +97,37 @@ def test_the_size_of_the_blocks_changes_nothing(block):
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-15)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest result of an operation has."""
+class Memory(TorchDispatchMode):
+    """Counts the elements of the results of operations that are alive together, and those of the largest."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.largest = [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        sizes = [value.numel() for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
+        found = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        self.alive = [reference for reference in self.alive if reference() is not None]
+        self.alive += [weakref.ref(value) for value in found]
+        storages = {value.data_ptr(): value.numel() for reference in self.alive if (value := reference()) is not None}
+        self.peak = max(self.peak, sum(storages.values()))
+        self.largest = max([self.largest, *(value.numel() for value in found)])
         return result
 
 
-def test_no_matrix_is_larger_than_a_block():
-    """n anchors and m contrasts: n·m = 100 000 pairs and more, in blocks of 20 000."""
-    student, *rest = a_batch(images=2, size=16)
-    pairs = contrastive.make_pairs(student, *rest)
-    assert len(pairs.anchors) * len(pairs.contrasts) > 100_000
-    for block, most in ((20_000, 20_000), (10**9, len(pairs.anchors) * len(pairs.contrasts))):
-        with Largest() as largest:
-            contrastive.contrastive_distillation(pairs, block=block).backward(retain_graph=True)
-        assert 0.9 * most < largest.elements <= most
+def test_memory_is_that_of_blocks_and_of_the_formula():
+    """n·m pairs are more than 100 000; they are compared in blocks of 5000, or at once."""
+    student, teacher, logits, given = a_batch(images=2, size=16)
+    for block in (5000, 10**9):
+        with Memory() as memory:
+            pairs = contrastive.make_pairs(student, teacher, logits, given)
+            contrastive.contrastive_distillation(pairs, block=block).backward()
+        n, m = len(pairs.anchors), len(pairs.contrasts)
+        assert n * m > 100_000
+        most = min(block, n * m)
+        assert 0.9 * most < memory.largest <= most
+        formula = contrastive.memory(n, m, student.shape[1], OLD, block)
+        assert 0.6 * formula < memory.peak <= formula, (memory.peak, formula)
 
 
 def test_cases_without_pairs_are_0():
