@@ -42,6 +42,7 @@ from segmentation_module import SegmentationModel
 from train import Trainer
 from utils import scheduler
 from utils.checkpointing import checkpoint_files
+from utils.checkpointing.header import plain_options
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
 from utils.options.spelling import given
@@ -235,6 +236,7 @@ class StepRun:
     def __init__(self, opts: Namespace, task: Task, device: torch.device, stop: StopRequest):
         self.opts, self.task, self.device, self.stop = opts, task, device, stop
         self.store = Store(opts, task)
+        self.origin = results.origin(opts, self.store.finished(task.step), plain_options(opts))
         self.log = Logger(progress=not opts.no_progress)
 
     def go(self) -> None:
@@ -312,6 +314,9 @@ class StepRun:
             context = Context(self.device, self.log, self.stop)
             trainer = Trainer(opts, task, method, model, None, context, len(data.batches))
             trainer.history[:] = state.get("history", [])
+            self.origin = results.origin(opts, state["file"], state.get("options"))
+            weights = checkpoint_files.digest(state["model_state"])
+            distributed.on_main(lambda: results.check(opts, task, self.origin | {"weights_sha256": weights}))
             distributed.on_main(self._open_log)
             iterations = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
             self._test(trainer, data, iterations)
@@ -416,7 +421,7 @@ class StepRun:
         network, kept = trainer.network, (trainer.method.state_dict(), trainer.balancer.state_dict())
         # The parameters stand for their momenta
         self.store.require_space(checkpoint_files.size([network.state_dict(), *network.parameters(), *kept]))
-        results.check(self.opts, self.task)
+        results.check(self.opts, self.task, self.origin)
         self._open_log(0 if fresh else trainer.total_iterations)
         if fresh:
             self.store.begin()
@@ -440,7 +445,7 @@ class StepRun:
         scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
-        scores["Weights"] = weights
+        scores |= {"Weights": weights, "Origin": self.origin}
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
         said = results.describe(entry, dataset.labels_of_test(self.opts, task))
         self.log.info(f"step {task.step} of {task.name}: {said} -> {results.csv_path(self.opts, task)}")

@@ -142,10 +142,10 @@ def test_weights_of_the_terms_go_from_step_to_step(finished, tmp_path, monkeypat
 
     monkeypatch.setattr(run.StepRun, "_train", remember)
     for method in ("LSKD", "FT"):
-        words = f"--task 6-2 --step 2 --method {method} --step_ckpt '{checkpoint(folder, 1)}' --checkpoint '{tmp_path}/{method}'"
+        words = f"--task 6-2 --step 2 --method {method} --step_ckpt '{checkpoint(folder, 1)}' --name {method}"
         assert thin.launch(tmp_path, words) == 0
     assert started == [first, {}]
-    assert read(tmp_path / "FT" / "6-2-shapes_n_2.pth")["loss_weights"] == first
+    assert read(tmp_path / "checkpoints" / "6-2-shapes_FT_2.pth")["loss_weights"] == first
 
 
 # --------------------------------------------------------------------- regularisers

@@ -16,6 +16,11 @@ def small():
         yield
 
 
+def train_again(folder):
+    """Another training of step 0 under the same name, with results of its own."""
+    assert thin.launch(folder, f"{STEP0} --random_seed 1 --results '{folder}/again'") == 0
+
+
 def interrupt(folder, text, monkeypatch):
     """A run that ends in its third iteration, after a saved state."""
     real, calls = train.Trainer.train_iteration, []
@@ -34,7 +39,7 @@ def interrupt(folder, text, monkeypatch):
 
 def test_a_finished_step_of_another_step_before_it_is_refused(tmp_path, capsys):
     assert thin.launch(tmp_path, STEP0) == thin.launch(tmp_path, STEP1) == 0
-    assert thin.launch(tmp_path, f"{STEP0} --random_seed 1") == 0
+    train_again(tmp_path)
     before = thin.rows(tmp_path)
     capsys.readouterr()
     assert thin.launch(tmp_path, f"{STEP1} --resume") == 2
@@ -49,7 +54,7 @@ def test_an_interrupted_step_of_another_step_before_it_is_refused(tmp_path, monk
     assert thin.launch(tmp_path, STEP0) == 0
     interrupt(tmp_path, STEP1, monkeypatch)
     first = (tmp_path / "checkpoints" / "6-2-shapes_n_0.pth").read_bytes()
-    assert thin.launch(tmp_path, f"{STEP0} --random_seed 1") == 0
+    train_again(tmp_path)
     capsys.readouterr()
     assert thin.launch(tmp_path, f"{STEP1} --resume") == 2
     assert "6-2-shapes_n_1.resume.pth was trained from another step 0" in capsys.readouterr().err
@@ -78,5 +83,5 @@ def test_checkpoints_without_the_digest_are_taken(tmp_path):
     assert state.pop("previous_sha256") == checkpoint_files.digest(weights)
     assert "previous_sha256" not in before
     checkpoint_files.save(path, state)
-    assert thin.launch(tmp_path, f"{STEP0} --random_seed 1") == 0
+    train_again(tmp_path)
     assert thin.launch(tmp_path, f"{STEP1} --resume") == 0

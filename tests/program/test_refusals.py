@@ -148,7 +148,7 @@ def test_the_room_asked_for_is_that_of_the_files(copy, monkeypatch, method):
 
     monkeypatch.setattr(checkpoint_files, "save", saving)
     text = f"--task 6-2 --method {method} --epochs 2 --reg_iterations 2"
-    assert thin.launch(copy, f"{text} --step 1 --name n") == 0
+    assert thin.launch(copy, f"{text} --step 1 --name n --date later") == 0
     (needed,), largest = asked, max(written)
     assert 0.9 * largest < needed / 3 < 1.15 * largest, (
         needed / 3,
@@ -177,12 +177,12 @@ def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):
         "_serialise",
         lambda state, file: fail() if "model_state" in state else torch.save(state, file),
     )
-    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2") == 2
+    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --date later") == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
     assert (copy / "checkpoints" / BASE).read_bytes() == before
     monkeypatch.undo()
-    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --resume") == 0
+    assert thin.launch(copy, "--task 6-2 --step 0 --epochs 2 --date later --resume") == 0
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_names_of_weights_are_strict_unless_the_user_says_otherwise(copy, tmp_pa
     said = refusal(capsys, copy, f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/kind.pth'")
     assert "cls.0.bias and 0 more are of another shape or kind" in said
     assert thin.launch(copy, text + " --strict_weights") == 0
-    assert thin.launch(copy, more + " --strict_weights") == 0
+    assert thin.launch(copy, more + " --strict_weights --date later") == 0
 
 
 def test_ckpt_starts_the_student(copy):

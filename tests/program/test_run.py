@@ -139,6 +139,7 @@ def test_tensorboard_has_every_term_by_name(trained):
 
 
 def test_lambda_is_logged_by_term_and_kept_in_the_checkpoint(copy):
+    forget(copy)
     assert thin.launch(copy, "--task 6-2 --step 1 --method LSKD --print_interval 1 --epochs 2") == 0
     logged = events.scalars(copy / "logs" / "6-2-shapes" / "n" / "step-1")
     kinds = {"ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits", "md/logits"}
@@ -156,10 +157,42 @@ def test_lambda_is_logged_by_term_and_kept_in_the_checkpoint(copy):
 
 def test_a_step_run_again_replaces_its_row(copy):
     before = thin.rows(copy)
-    assert thin.launch(copy, "--task 6-2 --step 1 --method FT --lr 0.5") == 0
+    state = checkpoint_files.load(copy / "checkpoints" / "6-2-shapes_n_0.pth")
+    state["model_state"]["module.cls.0.bias"][1] += 0.5
+    checkpoint_files.save(copy / "checkpoints" / "6-2-shapes_n_0.pth", state)
+    assert thin.launch(copy, "--task 6-2 --step 1 --method PLOP") == 0
     after = thin.rows(copy)
     assert [row[0] for row in after] == ["0", "1"]
     assert after[0] == before[0] and after[1] != before[1]
+
+
+@pytest.mark.parametrize("text", ["--method FT", "--method PLOP --lr 0.5", "--method PLOP --checkpoint '{}/other'"])
+def test_a_step_of_another_run_does_not_replace_a_row(copy, text, capsys):
+    """It is refused before it is trained."""
+    shutil.copytree(copy / "checkpoints", copy / "other")
+    before = contents(copy)
+    assert thin.launch(copy, f"--task 6-2 --step 1 {text}".format(copy)) == 2
+    assert "has the test of step 1 by another run (" in (said := capsys.readouterr()).err and "epoch" not in said.out
+    assert contents(copy) == before
+    assert thin.launch(copy, f"--task 6-2 --step 1 {text} --date later".format(copy)) == 0
+
+
+def test_a_test_of_another_kind_does_not_replace_a_row(copy, capsys):
+    before = contents(copy / "results")
+    assert thin.launch(copy, "--task 6-2 --step 1 --test --test_on_val") == 2
+    assert "another run (test_on_val was False, is True)" in capsys.readouterr().err
+    assert contents(copy / "results") == before
+    shutil.copy(copy / "checkpoints" / "6-2-shapes_n_1.pth", copy / "same.pth")
+    assert thin.launch(copy, f"--task 6-2 --step 1 --test --ckpt '{copy}/same.pth'") == 0
+    assert thin.launch(copy, "--task 6-2 --step 1 --test --test_on_val --date later") == 0
+
+
+def forget(folder, step="1"):
+    """Take the test of a step out of the results, so that another run can record its own."""
+    (path,) = (folder / "results").glob("*.json")
+    found = thin.document(folder)
+    del found["steps"][step]
+    path.write_text(json.dumps(found))
 
 
 def test_several_steps_at_once_equal_one_by_one(trained, tmp_path):
@@ -216,6 +249,7 @@ def test_a_step_leaves_no_memory_to_the_next(tmp_path, monkeypatch):
 
 def test_scores_are_percentages_and_say_their_labels(copy, capsys):
     """The validation of a step counts the labels of its training, the test those of all classes."""
+    forget(copy)
     assert thin.launch(copy, "--task 6-2 --step 1 --method FT --test_on_val") == 0
     lines = capsys.readouterr().out.splitlines()
     entry = thin.document(copy)["steps"]["1"]
@@ -227,6 +261,7 @@ def test_scores_are_percentages_and_say_their_labels(copy, capsys):
     assert "(%, labels of all classes learned so far) -> " in lines[-1]
     logged = events.scalars(copy / "logs" / "6-2-shapes" / "n" / "step-1")
     assert [v for (name, _), v in logged.items() if name == "val/mIoU_training_labels"] == [pytest.approx(validated)]
+    forget(copy)
     assert thin.launch(copy, "--task 6-2 --step 1 --method FT --no_mask") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("validation mIoU" in line and "(labels of all classes learned so far)" in line for line in lines)
@@ -247,6 +282,7 @@ def test_a_test_gives_the_score_of_the_training_run(copy):
 
 @pytest.mark.parametrize("full_images", ["", "--crop_val"])
 def test_every_image_counts_once(copy, full_images):
+    forget(copy)
     assert thin.launch(copy, f"--task 6-2 --step 1 --method FT --test --shapes_val 5 {full_images}") == 0
     opts = thin.options(f"--shapes_val 5 {full_images}")
     test = dataset.build(opts, dataset.load_task(opts, 1)).test
@@ -355,7 +391,7 @@ def test_a_folder_of_pictures_through_all_steps(tmp_path, capsys):
     later.write_bytes(sound)
     for workers in (0, 1):
         before = contents(tmp_path / "results")
-        assert thin.launch(tmp_path, f"{text} --step 0 --num_workers {workers}") == 2
+        assert thin.launch(tmp_path, f"{text} --step 0 --method PLOP --crop_val --num_workers {workers}") == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and str(image) in err and "Traceback" not in err
         assert contents(tmp_path / "results") == before

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metrics.summary import average_over_steps, harmonic_mean
-from utils.checkpointing.structure import PART_OF_FILE_NAME, check_history, is_name, is_number, is_plain
+from utils.checkpointing.structure import PART_OF_FILE_NAME, check_history, is_number, is_plain
 from utils.errors import UserError
 
 #: Unit of all scores.
@@ -134,7 +134,7 @@ def _is_score(value: Any) -> bool:
 
 
 def _is_scores(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_name(name) and _is_score(score) for name, score in value.items())
+    return isinstance(value, dict) and all(map(_is_score, value.values()))
 
 
 def _is_count(value: Any) -> bool:

@@ -23,6 +23,7 @@ from filelock import FileLock
 from metrics.summary import missing_steps, summarise
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.header import plain_options
+from utils.checkpointing.store import MAY_CHANGE_ON_RESUME
 from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
 from utils.reporting import pictures
@@ -65,8 +66,34 @@ def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bo
     return task.step in _read_rows(path) and entry.get("weights_sha256") == checkpoint_files.digest(model_state)
 
 
-def check(opts: Namespace, task: TaskLike) -> None:
+def origin(opts: Namespace, checkpoint: str | Path, trained_with: dict[str, Any] | None) -> dict[str, Any]:
+    """Which run the test of a step belongs to: what a later test must have in common with it to replace it.
+
+    Args:
+        opts: results, and the options of the test.
+        checkpoint: file of the tested weights.
+        trained_with: the options that the weights were trained with; None for an official checkpoint, which does not say.
+
+    Returns:
+        Part of the step's entry in the JSON. The path is relative to the results, so that both can be moved together.
+    """
+    decisive = (
+        None if trained_with is None else {k: v for k, v in trained_with.items() if k not in MAY_CHANGE_ON_RESUME}
+    )
+    return {
+        "checkpoint": os.path.relpath(checkpoint, opts.results),
+        "trained_with": decisive,
+        "evaluation": _evaluation(opts),
+    }
+
+
+def check(opts: Namespace, task: TaskLike, ours: dict[str, Any]) -> None:
     """Refuse existing results that could not be continued, before a day of training ends on them.
+
+    Args:
+        opts: results, date, name.
+        task: the step that will be tested.
+        ours: of `origin`; for weights that exist already, their "weights_sha256" too.
 
     Raises:
         UserError: names the file.
@@ -75,7 +102,9 @@ def check(opts: Namespace, task: TaskLike) -> None:
     path = csv_path(opts, task)
     checkpoint_files.require_places(path, path.with_suffix(".json"))
     _read_rows(path)
-    _require_task(path, _read_or_empty(path.with_suffix(".json")), task)
+    document = _read_or_empty(path.with_suffix(".json"))
+    _require_task(path, document, task)
+    _require_same_run(path, document, {str(task.step): ours})
 
 
 def missing(opts: Namespace, task: TaskLike) -> list[int]:
@@ -86,12 +115,12 @@ def missing(opts: Namespace, task: TaskLike) -> list[int]:
 def write(
     opts: Namespace, task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]
 ) -> dict[str, Any]:
-    """Record the test of a step; a step that was tested before has its row replaced.
+    """Record the test of a step; a step that was tested before in this run has its row replaced.
 
     Args:
         opts: results, date, name.
         task: which step was tested.
-        scores: of `Trainer.evaluate`, fractions, with the SHA-256 of the "Weights".
+        scores: of `Trainer.evaluate`, fractions, with the SHA-256 of the "Weights" and their "Origin".
         class_names: by position in the order of learning.
         history: of `Trainer`, one entry an epoch.
 
@@ -99,7 +128,7 @@ def write(
         The step's entry in the JSON.
 
     Raises:
-        UserError: the file holds the results of another task.
+        UserError: the file holds the results of another task, or of another run of this step.
         OSError: the folder cannot be written; neither file is changed.
     """
     class_iou = scores["Class IoU"]
@@ -139,7 +168,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
         Whether the results of this run have them now: of these very weights, and tested with the same options.
 
     Raises:
-        UserError: the file of this run holds the results of another task.
+        UserError: the file of this run holds the results of another task, or of other runs of these steps.
         OSError: the folder cannot be written; neither file is changed.
     """
     if recorded(opts, task, state["model_state"]):
@@ -172,6 +201,7 @@ def _record(opts: Namespace, task: TaskLike, rows: dict[int, str], entries: dict
         rows = _read_rows(path) | rows
         document = _read_or_empty(path.with_suffix(".json"))
         _require_task(path, document, task)
+        _require_same_run(path, document, entries)
         steps = document["steps"] | entries
         document |= _header(opts, task) | {"steps": {step: steps[step] for step in sorted(steps, key=int)}}
         _summarise(document, task.at(0).num_total)
@@ -193,6 +223,39 @@ def _require_task(path: Path, document: dict[str, Any], task: TaskLike) -> None:
             f"{path.with_suffix('.json')} holds the results of another order of classes, {str(theirs)[:200]}; choose another --name or "
             "--date, or move it away"
         )
+
+
+def _require_same_run(path: Path, document: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Refuse to replace the tests of other runs: of another checkpoint file, or with other options.
+
+    Raises:
+        UserError: names the file and what differs.
+    """
+    for step, ours in entries.items():
+        differing = _differences(document["steps"].get(step, {}), ours)
+        if differing:
+            raise UserError(
+                f"{path.with_suffix('.json')} has the test of step {step} by another run ({'; '.join(differing)}); choose "
+                "another --name, --date or --results, or move the file and its CSV away"
+            )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What two entries of a step do not have in common, in words; earlier versions did not say where a test came from."""
+    if "checkpoint" not in theirs:
+        return []
+    keys = ["evaluation"]
+    if theirs["weights_sha256"] != ours.get("weights_sha256"):
+        keys += ["checkpoint", "trained_with"]
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for key in keys:
+        before, now = theirs.get(key), ours.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            pairs |= {name: (before.get(name), now.get(name)) for name in sorted({*before, *now} - {"data_root"})}
+        else:
+            pairs[key] = (before, now)
+    found = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in pairs.items() if before != now]
+    return found[:3] + [f"{len(found) - 3} more"] * (len(found) > 3)
 
 
 def _summarise(document: dict[str, Any], num_base: int) -> None:
@@ -221,7 +284,7 @@ def _entry(
         "class_accuracy": {name: scores["Class Acc"][i] for i, name in enumerate(class_names)},
     }
     return percent(fractions) | {
-        "evaluation": _evaluation(opts),
+        **scores["Origin"],
         "weights_sha256": scores["Weights"],
         "confusion_matrix": scores["Confusion Matrix"].tolist(),
         "epochs": [epoch_in_percent(epoch) for epoch in history],

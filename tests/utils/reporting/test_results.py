@@ -11,11 +11,12 @@ import torch
 from dataset.tasks import Task
 from metrics.stream_metrics import StreamSegMetrics
 from utils.checkpointing import checkpoint_files
+from utils.errors import UserError
 from utils.reporting import documents, results
 
 NAMES = ["background", "cat", "dog", "cow", "horse"]
 STEPS = ((0, 1, 2), (3,), (4,))
-WEIGHTS = {"a": torch.ones(2)}
+WEIGHTS = {"a": torch.tensor(4)}
 
 
 def task(step):
@@ -36,14 +37,22 @@ def scores(step, right=4):
         predictions = torch.tensor([label] * right + [0] * (5 - right))
         metrics.update(torch.full((5,), label), predictions)
     found = metrics.get_results()
-    return found | {"Confusion Matrix": metrics.confusion_matrix, "Weights": checkpoint_files.digest(WEIGHTS)}
+    weights = checkpoint_files.digest({"a": torch.tensor(right)})
+    return found | {"Confusion Matrix": metrics.confusion_matrix, "Weights": weights}
 
 
-def write(folder, step, right=4, **changed):
-    history = [{"epoch": 0, "losses": {"ce": 1.5}, "balance": {}}]
-    return results.write(
-        options(folder, **changed), task(step), scores(step, right), NAMES[: task(step).num_total], history
+def origin(opts, step=0, checkpoint="checkpoints", trained_with=None):
+    return results.origin(
+        opts, f"{checkpoint}/{step}.pth", {"lr_of_step": 0.1, "threads": 1} if trained_with is None else trained_with
     )
+
+
+def write(folder, step, right=4, origins={}, **changed):  # noqa: B006 (it is only read)
+    """Record a test; so many of five pixels are right, which stands for the weights."""
+    history = [{"epoch": 0, "losses": {"ce": 1.5}, "balance": {}}]
+    opts = options(folder, **changed)
+    found = scores(step, right) | {"Origin": origin(opts, step, **origins)}
+    return results.write(opts, task(step), found, NAMES[: task(step).num_total], history)
 
 
 def lines(folder):
@@ -107,6 +116,61 @@ def test_a_step_tested_again_replaces_its_row(tmp_path):
     assert document(tmp_path)["average_over_steps"] == pytest.approx(sum(values) / 3) != average
 
 
+def refusal(action):
+    with pytest.raises(UserError, match="choose another --name, --date or --results, or move the file") as caught:
+        action()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("origins", "changed", "said"),
+    [
+        ({"checkpoint": "elsewhere"}, {}, "checkpoint was '"),
+        ({"trained_with": {"lr_of_step": 0.2}}, {}, "lr_of_step was 0.1, is 0.2"),
+        ({"trained_with": {"lr_of_step": 0.1, "momentum": 0.9}}, {}, "momentum was None, is 0.9"),
+        ({}, {"crop_val": True}, "crop_val was None, is True"),
+    ],
+)
+def test_the_test_of_another_run_is_not_replaced(tmp_path, origins, changed, said):
+    """Four runs of the default name, each with a folder of checkpoints of its own, left one row."""
+    for step in range(2):
+        write(tmp_path, step)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    opts = options(tmp_path, **changed)
+    text = refusal(lambda: results.check(opts, task(1), origin(opts, 1, **origins)))
+    assert f"{tmp_path}/d_folder_3-1_n.json has the test of step 1 by another run" in text and said in text
+    assert said in refusal(lambda: write(tmp_path, 1, right=5, origins=origins, **changed))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    results.check(opts, task(2), origin(opts, 2, **origins))  # a step that has no test yet
+
+
+def test_the_test_of_the_same_run_is_replaced(tmp_path):
+    """What does not change the numbers may change, such as the number of threads or the place of the data."""
+    for changed in ({"data_root": "/a"}, {"data_root": "/b"}):
+        opts = options(tmp_path, **changed)
+        ours = origin(opts, trained_with={"lr_of_step": 0.1, "threads": 2})
+        results.check(opts, task(0), ours)
+        write(
+            tmp_path,
+            0,
+            right=3 if changed["data_root"] == "/a" else 4,
+            origins={"trained_with": {"lr_of_step": 0.1, "threads": 2}},
+            **changed,
+        )
+    assert document(tmp_path)["steps"]["0"]["class_iou"]["cat"] == pytest.approx(80)
+    # the same weights at another place, tested in the same way
+    write(tmp_path, 0, origins={"checkpoint": "elsewhere"})
+
+
+def test_a_test_of_an_earlier_version_is_replaced(tmp_path):
+    write(tmp_path, 0)
+    found = document(tmp_path)
+    for key in ("checkpoint", "trained_with"):
+        del found["steps"]["0"][key]
+    (tmp_path / "d_folder_3-1_n.json").write_text(json.dumps(found))
+    write(tmp_path, 0, right=5, origins={"checkpoint": "elsewhere"})
+
+
 def test_rows_are_sorted_whatever_the_order(tmp_path):
     for step in (2, 0, 1):
         write(tmp_path, step)
@@ -116,6 +180,7 @@ def test_rows_are_sorted_whatever_the_order(tmp_path):
 def test_nothing_counted_has_no_mean(tmp_path):
     empty = StreamSegMetrics(3)
     found = empty.get_results() | {"Confusion Matrix": empty.confusion_matrix, "Weights": ""}
+    found["Origin"] = origin(options(tmp_path))
     entry = results.write(options(tmp_path), task(0), found, NAMES[:3], [])
     assert entry["all"] is None and entry["average_over_steps"] is None
     assert lines(tmp_path) == [["0", *"xxxxx", "0.0"]]
@@ -178,7 +243,10 @@ def test_a_file_in_another_unit_is_refused(tmp_path):
 def test_a_json_of_others_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "d_folder_3-1_n.json"
     path.write_text(text, encoding="latin-1")
-    for action in (lambda: results.check(options(tmp_path), task(0)), lambda: write(tmp_path, 0)):
+    for action in (
+        lambda: results.check(options(tmp_path), task(0), origin(options(tmp_path))),
+        lambda: write(tmp_path, 0),
+    ):
         with pytest.raises(ValueError, match="move it away") as caught:
             action()
         assert str(path) in str(caught.value)
@@ -188,7 +256,7 @@ def test_a_json_of_others_is_refused_and_kept(tmp_path, text):
 
 def test_lines_of_others_are_dropped_from_the_csv(tmp_path):
     (tmp_path / "d_folder_3-1_n.csv").write_bytes(b"step,a,b\n\n1,0.5,0.5,0.5,0.5,x,0.5\n\xff\xfe\n")
-    results.check(options(tmp_path), task(0))
+    results.check(options(tmp_path), task(0), origin(options(tmp_path)))
     write(tmp_path, 0)
     assert [row[0] for row in lines(tmp_path)] == ["0", "1"]
 
