@@ -20,6 +20,7 @@ from methods.lskd import LSKD, LayerSpecificDistillation
 from methods.lwf import LWF, OutputDistillation
 from methods.lwf_mc import LWFMC, ICarl
 from methods.mib import BalancedInitialisation, MiB
+from methods.nest import LSKDNeST, MiBNeST, PLOPNeST
 from methods.pi import PI
 from methods.plop import PLOP, PodDistillation, PseudoLabels
 from methods.rcil import RCIL
@@ -51,6 +52,9 @@ METHODS: dict[str, type[Method]] = {
         LSKDEWF,
         SDR,
         UCD,
+        MiBNeST,
+        PLOPNeST,
+        LSKDNeST,
     )
 }
 

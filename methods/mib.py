@@ -38,8 +38,8 @@ class BalancedInitialisation(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """From step 1 on, with --init_balanced, unless new classifiers start in another way (AWT); domains add no class."""
-        otherwise = opts.init_awt or opts.att or opts.no_att
+        """From step 1 on, with --init_balanced, unless new classifiers start in another way (AWT, NeST); domains add no class."""
+        otherwise = opts.init_awt or opts.att or opts.no_att or opts.nest or opts.warm_up
         return opts.init_balanced and not otherwise and task.step > 0 and not task.domain
 
     def init_classifier(

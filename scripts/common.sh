@@ -2,7 +2,7 @@
 # What the schedules in voc/, ade/ and cityscapes/ share. They set DATA_ROOT, METHOD, GPUS and STEPS, then source this
 # file from the project's folder, where relative paths start. The rest can be set in the environment too:
 #
-#   FIRST_LR   learning rate of step 0 (as the method was published: 0.02 with AWT, and for RCIL on VOC, else 0.01)
+#   FIRST_LR   learning rate of step 0 (as the method was published: 0.02 with AWT and NeST, and for RCIL on VOC, else 0.01)
 #   BATCH      images a process; GPUS x BATCH = 24 is the published batch (24 / GPUS)
 #   NAME       name of the experiment (METHOD)
 #   SEED       random seed (42)
@@ -16,7 +16,7 @@
 # of the first start, if that was another day).
 
 case $METHOD in
-    *+AWT) FIRST_LR=${FIRST_LR:-0.02} ;;
+    *+AWT | *+NeST) FIRST_LR=${FIRST_LR:-0.02} ;;
     *) FIRST_LR=${FIRST_LR:-0.01} ;;
 esac
 BATCH=${BATCH:-$((24 / GPUS))}

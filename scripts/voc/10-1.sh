@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# VOC 2012, 10-1: 10 classes, then 10 times 1. Overlapped, lr 0.01 then 0.001, 30 epochs, then 10 (PLOP) or 20 (LSKD).
+# VOC 2012, 10-1: 10 classes, then 10 times 1. Overlapped, lr 0.01 then 0.001, 30 epochs, then 10 (PLOP, NeST) or 20 (LSKD).
 #
 #   DATA_ROOT=/data GPUS=4 METHOD=LSKD scripts/voc/10-1.sh
 set -euo pipefail
@@ -11,7 +11,7 @@ GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5 6 7 8 9 10"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
 case $METHOD in # as published; 30 where nothing is
-    PLOP) EPOCHS=${EPOCHS:-10} ;;
+    PLOP | *+NeST) EPOCHS=${EPOCHS:-10} ;;
     LSKD) EPOCHS=${EPOCHS:-20} ;;
     RCIL) FIRST_LR=${FIRST_LR:-0.02} EPOCHS=${EPOCHS:-30} ;;
     *) EPOCHS=${EPOCHS:-30} ;;

@@ -22,7 +22,7 @@ Arrays = dict[str, Tensor]
 Meta = dict[str, Any]
 
 
-def _series(arrays: Arrays, prefix: str) -> list[Tensor]:
+def series(arrays: Arrays, prefix: str) -> list[Tensor]:
     """The arrays prefix_0, prefix_1, …"""
     series = []
     while f"{prefix}_{len(series)}" in arrays:
@@ -36,7 +36,7 @@ def entropy(arrays: Arrays, meta: Meta) -> Arrays:
 
 def find_median(arrays: Arrays, meta: Meta) -> Arrays:
     medians = pseudo.MedianThresholds(meta["old_classes"], meta["current_classes"], meta["mode"], meta["nb_bins"])
-    for logits, labels in zip(_series(arrays, "in_teacher_logits"), _series(arrays, "in_labels"), strict=True):
+    for logits, labels in zip(series(arrays, "in_teacher_logits"), series(arrays, "in_labels"), strict=True):
         medians.update(logits, labels)
     largest = torch.tensor(pseudo.max_value(meta["mode"], meta["current_classes"]), dtype=torch.float64)
     return {"out_thresholds": medians.finish(meta["base_threshold"]), "out_max_value": largest}
@@ -101,16 +101,16 @@ def _with_gradients(outputs: Arrays, total: Tensor, students: list[Tensor]) -> A
 
 
 def plop_feature_distillation(arrays: Arrays, meta: Meta) -> Arrays:
-    students = [tap.requires_grad_() for tap in _series(arrays, "in_student")]
-    terms = pod.pod_terms(_series(arrays, "in_teacher"), students, _pod_options(meta))
+    students = [tap.requires_grad_() for tap in series(arrays, "in_student")]
+    terms = pod.pod_terms(series(arrays, "in_teacher"), students, _pod_options(meta))
     total = pod.pod_loss(terms, _schedule(meta))
     return _with_gradients({"out_pod_total": total}, total, students)
 
 
 def lskd_feature_distillation(arrays: Arrays, meta: Meta) -> Arrays:
-    teachers, labels, num_old = _series(arrays, "in_teacher"), arrays["in_labels"], meta["old_classes"]
-    students = [tap.requires_grad_() for tap in _series(arrays, "in_student")]
-    erased = list(zip(_series(arrays, "in_teacher_old_masked"), _series(arrays, "in_teacher_new_masked"), strict=True))
+    teachers, labels, num_old = series(arrays, "in_teacher"), arrays["in_labels"], meta["old_classes"]
+    students = [tap.requires_grad_() for tap in series(arrays, "in_student")]
+    erased = list(zip(series(arrays, "in_teacher_old_masked"), series(arrays, "in_teacher_new_masked"), strict=True))
     kept: list[Tensor | None] = [None, None]  # the first two stages are not masked
     for tap in range(2, 6):
         channels = None if tap == 5 else "released"
