@@ -48,3 +48,8 @@ class Previous(NamedTuple):
             states |= found
         own = states.get(state_key) if state_key else None
         return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
+
+    def entry(self, name: str) -> Any:
+        """An entry of the state; None where it has none, and where a crafted file has something else than a dictionary."""
+        state: object = self.state
+        return state.get(name) if isinstance(state, dict) else None

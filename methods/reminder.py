@@ -81,7 +81,7 @@ class SimilarityDistillation(Part):
         if self.task.step == 0:
             self.prototypes = weight.new_zeros(0, weight.shape[1])
             return
-        found = previous.state.get("prototypes")
+        found = previous.entry("prototypes")
         if found is None:
             raise UserError(
                 f"--csw_kd {self.opts.csw_kd:g} needs the class prototypes of step {self.task.step - 1}, but {previous.file} has none: "

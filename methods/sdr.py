@@ -115,7 +115,7 @@ class LatentPrototypes(Part):
         self.counts = torch.zeros(self.task.num_total, dtype=torch.int64, device=device)
         if old == 0:
             return
-        prototypes, counts = (previous.state.get(name) for name in ("prototypes", "count_features"))
+        prototypes, counts = (previous.entry(name) for name in ("prototypes", "count_features"))
         if prototypes is None or counts is None:
             raise UserError(
                 f"--loss_fc, --lfc_sep_clust and --loss_de_prototypes need the class prototypes of step {self.task.step - 1}, but "

@@ -218,6 +218,13 @@ def test_prototypes_that_do_not_fit_are_refused(value):
         a_step(prototypes=value)
 
 
+@pytest.mark.parametrize("state", [[1], "x", torch.ones(2), {}])
+def test_a_state_of_step_t_1_that_is_no_dictionary_of_prototypes_is_refused(state):
+    checkpoint = {"model_state": {}, "method_state": {"reminder": state}, "file": "one.pth"}
+    with pytest.raises(UserError, match=r"prototypes of step 1, but one\.pth has none"):
+        thin.Step(TEXT, checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize("state", [{"prototypes": torch.zeros(2, 2)}, {"other": 1}, "x"])
 def test_a_crafted_state_is_refused_by_a_resume(state):
     with pytest.raises(UserError, match="--resume: state/method/reminder"):
