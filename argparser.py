@@ -13,21 +13,27 @@ the options of this file and in each part for its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from typing import Any
 
+import torch
+
 import methods
 from dataset import DATASETS, load_task, tasks
+from dataset.tasks import Task
 from modules.backbones import BACKBONES
+from utils import scheduler
 from utils.errors import UserError
 from utils.options import checks
 from utils.options.flags import OFFICIAL_METHODS
 from utils.options.groups import add_switch, option_group
 from utils.options.rules import Rules
 from utils.options.spelling import AnyCase, Parser, show_defaults
+from utils.runtime import amp, distributed
 
 #: Groups of `--help` that the parts of methods fill, in their order; further ones of theirs come behind.
 PART_GROUPS = (
@@ -135,6 +141,24 @@ def all_rules() -> list[Rules]:
 def later_options() -> frozenset[str]:
     """The dests that step 0 does not read."""
     return frozenset(dest for rules in all_rules() for dest in rules.later)
+
+
+def announce(opts: argparse.Namespace, device: torch.device) -> None:
+    """Say once what a preset, an official leftover or a mapping changes."""
+    if opts.preset_applied:
+        print(f"--method {opts.method}: " + ", ".join(f"{dest}={value}" for dest, value in opts.preset_applied))
+    for note in notes(opts):
+        print(f"note: {note}")
+    print(
+        amp.build(opts, device).describe(opts.opt_level) + f"; device {device}, {distributed.world_size()} process(es)"
+    )
+
+
+def options_of_step(opts: argparse.Namespace, task: Task) -> argparse.Namespace:
+    """The options as this step sees them: its learning rate."""
+    opts = copy.copy(opts)
+    opts.lr_of_step = scheduler.rate_of_step(opts.lr, opts.step, task.step)
+    return opts
 
 
 def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:

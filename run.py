@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from utils.errors import UserError
-
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -33,24 +31,24 @@ import argparser
 import dataset
 import methods
 import segmentation_module
+from dataset.kept_pictures import keep_pictures
 from dataset.sampler import EpochSampler, Interruptible, kill_workers
-from dataset.step_data import StepData, require_batches
+from dataset.step_data import StepData, require_batches, require_later_steps
 from dataset.tasks import Task
 from dataset.transform import denormalise
-from metrics.summary import Summary, how_to_complete
 from segmentation_module import SegmentationModel
 from train import Trainer
-from utils import scheduler
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.header import plain_options
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
+from utils.errors import UserError
 from utils.options.spelling import given
-from utils.reporting import pictures, results, visualize
+from utils.reporting import results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
-from utils.reporting.pictures import Legend, Sample
-from utils.runtime import amp, distributed, errors, memory
+from utils.reporting.scores import log_scores
+from utils.runtime import distributed, errors, memory
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped, StopRequest
 
@@ -105,16 +103,16 @@ def run(opts: Namespace) -> None:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not opts.deterministic
     if distributed.is_main() and not opts.dry_run:
-        announce(opts, device)
+        argparser.announce(opts, device)
     if len(opts.step) > 1 and not (opts.dry_run or opts.check_data):
-        distributed.on_main(lambda: check_later_steps(opts))
+        distributed.on_main(lambda: require_later_steps(opts))
     faults: list[str] = []
     with StopRequest() as stop:
         for step in opts.step:
             stop.raise_together()
             seed_everything(opts.random_seed)
             task = dataset.load_task(opts, step)
-            step_opts = options_of_step(opts, task)
+            step_opts = argparser.options_of_step(opts, task)
             if opts.dry_run:
                 dry_run(step_opts, task)
             elif opts.check_data:
@@ -126,39 +124,6 @@ def run(opts: Namespace) -> None:
         raise distributed.SharedError(
             f"--check_data found {len(faults)} faults; mend or remove these:\n" + "\n".join(faults)
         )
-
-
-def check_later_steps(opts: Namespace) -> None:
-    """Refuse, before the first step is trained, what a later one would stumble over.
-
-    Raises:
-        UserError: a step without images, or without the checkpoint that it builds on.
-    """
-    for number, step in enumerate(opts.step):
-        task = dataset.load_task(opts, step)
-        require_batches(len(dataset.build(opts, task).train), opts, task)
-        store = Store(opts, task)
-        finished = opts.resume and store.finished(step).is_file()
-        if not opts.test and not finished and step > 0 and step - 1 not in opts.step[:number]:
-            store.require_previous()
-
-
-def announce(opts: Namespace, device: torch.device) -> None:
-    """Say once what a preset, an official leftover or a mapping changes."""
-    if opts.preset_applied:
-        print(f"--method {opts.method}: " + ", ".join(f"{dest}={value}" for dest, value in opts.preset_applied))
-    for note in argparser.notes(opts):
-        print(f"note: {note}")
-    print(
-        amp.build(opts, device).describe(opts.opt_level) + f"; device {device}, {distributed.world_size()} process(es)"
-    )
-
-
-def options_of_step(opts: Namespace, task: Task) -> Namespace:
-    """The options as this step sees them: its learning rate."""
-    opts = copy.copy(opts)
-    opts.lr_of_step = scheduler.rate_of_step(opts.lr, opts.step, task.step)
-    return opts
 
 
 def dry_run(opts: Namespace, task: Task) -> None:
@@ -199,10 +164,12 @@ class Plan:
     Attributes:
         finished: it is trained, tested and recorded.
         test_only: it is trained, or `--test` asks for nothing else.
+        resumed: an interrupted run of it is continued.
     """
 
-    finished: bool
-    test_only: bool
+    finished: bool = False
+    test_only: bool = False
+    resumed: bool = False
 
 
 class Prepared(NamedTuple):
@@ -212,14 +179,14 @@ class Prepared(NamedTuple):
         model: the student.
         teacher: the frozen model of step t−1, where the method uses it.
         previous: checkpoint of step t−1, empty at step 0.
-        resumed: what an interrupted run of the step left, or None.
+        unfinished: state of the interrupted run that is continued, or None.
         data: data sets and loaders.
     """
 
     model: SegmentationModel
     teacher: torch.nn.Module | None
     previous: dict[str, Any]
-    resumed: dict[str, Any] | None
+    unfinished: dict[str, Any] | None
     data: StepData
 
 
@@ -256,7 +223,7 @@ class StepRun:
             if plan.test_only:
                 self._test_checkpoint()
             else:
-                self._train_and_test()
+                self._train_and_test(plan.resumed)
         finally:
             self.log.close()
             if lock is not None:
@@ -271,9 +238,12 @@ class StepRun:
 
     def _plan(self) -> Plan:
         """What `--test` and `--resume` leave to do."""
-        resumable = self.opts.resume and not self.opts.test and not self.store.interrupted()
-        if not resumable or not self.store.finished(self.task.step).is_file():
-            return Plan(finished=False, test_only=self.opts.test)
+        if self.opts.test or not self.opts.resume:
+            return Plan(test_only=self.opts.test)
+        if self.store.interrupted():
+            return Plan(resumed=True)
+        if not self.store.finished(self.task.step).is_file():
+            return Plan()
         state = self.store.check_finished()
         self._continue_date(state)
         recorded = results.recorded(self.opts, self.task, state["model_state"])
@@ -313,13 +283,12 @@ class StepRun:
         try:
             context = Context(self.device, self.log, self.stop)
             trainer = Trainer(opts, task, method, model, None, context, len(data.batches))
-            trainer.history[:] = state.get("history", [])
             self.origin = results.origin(opts, state["file"], state.get("options"))
             weights = checkpoint_files.digest(state["model_state"])
             distributed.on_main(lambda: results.check(opts, task, self.origin | {"weights_sha256": weights}))
             distributed.on_main(self._open_log)
             iterations = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
-            self._test(trainer, data, iterations)
+            self._test(trainer, data, iterations, state.get("history", []))
         finally:
             data.batches.close()
 
@@ -338,12 +307,12 @@ class StepRun:
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.opts.channels_last else model
 
-    def _train_and_test(self) -> None:
+    def _train_and_test(self, resumed: bool) -> None:
         method = methods.build(self.opts, self.task)
-        prepared = distributed.run_on_all(lambda: self._prepare(method))
-        data, previous, resumed = prepared.data, prepared.previous, prepared.resumed
+        prepared = distributed.run_on_all(lambda: self._prepare(method, resumed))
+        data, previous, unfinished = prepared.data, prepared.previous, prepared.unfinished
         try:
-            if resumed is None and self.opts.ckpt is None:
+            if unfinished is None and self.opts.ckpt is None:
                 batches = Interruptible(data.batches, self.stop)
                 method.init_classifier(prepared.model, prepared.teacher, batches, self.device)
                 self.stop.raise_together()
@@ -351,13 +320,12 @@ class StepRun:
             trainer = Trainer(
                 self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
             )
-            trainer.balancer.inherit(previous.get("loss_weights", {}))
-            self._train(trainer, data, previous, resumed)
-            self._test(trainer, data, trainer.total_iterations)
+            self._train(trainer, data, previous, unfinished)
+            self._test(trainer, data, trainer.total_iterations, trainer.history)
         finally:
             data.batches.close()
 
-    def _prepare(self, method: methods.Method) -> Prepared:
+    def _prepare(self, method: methods.Method, resumed: bool) -> Prepared:
         """Networks and data of a training, and what an interrupted run left."""
         task, opts = self.task, self.opts
         previous: dict[str, Any] = {}
@@ -367,26 +335,26 @@ class StepRun:
             self._continue_date(previous)
             if method.uses_teacher:
                 teacher = self._placed(segmentation_module.build_teacher(opts, task, previous, method.wrap_model))
-        resumed = self.store.load_unfinished() if opts.resume else None
+        unfinished = self.store.load_unfinished() if resumed else None
         if self.store.damage:
             self.log.info(f"note: {self.store.damage}; going on from the state before it")
-        fresh = task.step == 0 and opts.ckpt is None and resumed is None
+        fresh = task.step == 0 and opts.ckpt is None and unfinished is None
         model = segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model)
         model = self._placed(model)
         method.attach(model, teacher, previous)
         data = StepData(opts, task, self.device, method.replay)
-        return Prepared(model, teacher, previous, resumed, data)
+        return Prepared(model, teacher, previous, unfinished, data)
 
     # ---------------------------------------------------------------- training
 
     def _train(
-        self, trainer: Trainer, data: StepData, previous: Mapping[str, Any], resumed: dict[str, Any] | None
+        self, trainer: Trainer, data: StepData, previous: Mapping[str, Any], unfinished: dict[str, Any] | None
     ) -> None:
         task = self.task
-        if resumed is not None:
-            distributed.run_on_all(lambda: self._continue(trainer, resumed))
-        distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=resumed is None))
-        if resumed is None:
+        if unfinished is not None:
+            distributed.run_on_all(lambda: self._continue(trainer, unfinished))
+        distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=unfinished is None))
+        if unfinished is None:
             trainer.method.begin_step(Interruptible(data.batches, self.stop), trainer.teacher, self.device)
             self.stop.raise_together()
         try:
@@ -407,9 +375,9 @@ class StepRun:
         weights, inherited = trainer.balancer.loss_weights, previous.get("loss_weights", {})
         distributed.on_main(lambda: self.store.save_finished(state, weights, inherited))
 
-    def _continue(self, trainer: Trainer, resumed: dict[str, Any]) -> None:
-        self._continue_date(resumed)
-        trainer.load_state_dict(resumed["state"])
+    def _continue(self, trainer: Trainer, unfinished: dict[str, Any]) -> None:
+        self._continue_date(unfinished)
+        trainer.load_state_dict(unfinished["state"])
         epochs = self.opts.epochs
         place = f"epoch {trainer.epoch + 1}/{epochs}, iteration {trainer.iteration + 1}/{trainer.iterations_per_epoch}"
         if trainer.epoch == epochs:  # stopped in the validation that follows
@@ -437,8 +405,15 @@ class StepRun:
 
     # -------------------------------------------------------------------- test
 
-    def _test(self, trainer: Trainer, data: StepData, iterations: int) -> None:
-        """Test the trainer's network and record it; `iterations` were trained, the abscissa of the test's curves."""
+    def _test(self, trainer: Trainer, data: StepData, iterations: int, history: list[dict[str, Any]]) -> None:
+        """Test the trainer's network and record the scores.
+
+        Args:
+            trainer: holds the network.
+            data: of the step.
+            iterations: that were trained, the abscissa of the test's curves.
+            history: of the training, an entry an epoch.
+        """
         task = self.task
         weights = checkpoint_files.digest(trainer.network.state_dict())  # those of the checkpoint
         trainer.method.begin_test(trainer.network)
@@ -446,37 +421,12 @@ class StepRun:
         if scores is None:
             raise Stopped(trainer.stop_agreed)
         scores |= {"Weights": weights, "Origin": self.origin}
-        entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, trainer.history))
-        said = results.describe(entry, dataset.labels_of_test(self.opts, task))
-        self.log.info(f"step {task.step} of {task.name}: {said} -> {results.csv_path(self.opts, task)}")
-        if absent := distributed.on_main(lambda: results.missing(self.opts, task)):
-            self.log.info(f"note: no average over steps: {how_to_complete(absent)}")
-        figures = {f"test/{key}": entry[key] for key in Summary._fields if entry[key] is not None}
-        self.log.scalars(figures, iterations)
+        entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, history))
+        log_scores(self.log, self.opts, task, entry, dataset.labels_of_test(self.opts, task), iterations)
         if self.opts.visualize:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)
-        distributed.on_main(lambda: self._keep_pictures(trainer, iterations))
-
-    def _keep_pictures(self, trainer: Trainer, iterations: int) -> None:
-        """Draw the test images that every step of the task draws: beside the results, and in TensorBoard."""
-        opts, task = self.opts, self.task
-        if opts.pictures == 0:
-            return
-        shown = dataset.pictured(opts, task, opts.pictures)
-        images, truths = zip(*(shown[position] for position in range(len(shown))))
-        masks = [prediction.byte().numpy() for prediction in trainer.predict_each(images)]
-        pixels = [denormalise(image).permute(1, 2, 0).numpy() for image in images]  # 3×H×W → H×W×3
-        samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]
-        names, ids = dataset.class_names(opts), task.at(task.last_step).label_ids
-        legend = Legend.of_task([names[label] for label in ids], ids, dataset.colours(opts))
-        try:
-            pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
-        except OSError as error:  # the scores are recorded; pictures are no reason to end a run
-            self.log.info(f"note: the pictures of step {task.step} are not kept: {error}")
-        for number, sample in enumerate(samples if opts.visualize else ()):
-            panel = pictures.panel(sample, legend, f"{task.name}, after step {task.step}")
-            self.log.image(f"test/picture{number}", panel, iterations)
+        distributed.on_main(lambda: keep_pictures(self.opts, task, trainer.predict_each, self.log, iterations))
 
 
 if __name__ == "__main__":

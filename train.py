@@ -218,9 +218,8 @@ class Trainer:
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
             batch = batch.with_student(self.balancer.detach_taps(self.model(images)))
-        self.balancer.gradient_scale = self.precision.gradient_scale
         terms = self.method.terms(batch)
-        loss = self.balancer.combine(terms)
+        loss = self.balancer.combine(terms, self.precision.gradient_scale)
         penalties = self.method.penalties(self.network)
         values = self._agree(sum(penalties.values(), start=loss.detach()), terms | penalties)
         batch.release_taps()  # what the backward pass does not need makes room for it
@@ -448,7 +447,8 @@ class Trainer:
                 f"the interrupted run had {len(random)} processes, this one has {processes}; "
                 "start as many as before, or without --resume"
             )
-        parts = {name: getattr(self, name) for name in ("scheduler", "precision", "balancer")} | {"model": self.network}
+        parts: dict[str, Any] = {"scheduler": self.scheduler, "precision": self.precision, "balancer": self.balancer}
+        parts["model"] = self.network
         mine = {name: part.state_dict() for name, part in parts.items()} | {"position": [0] * 4, "best_score": 0.0}
         mine["divergence"] = [None, False]
         if not (mine["precision"] and state["precision"]):  # a scaler has no state on the CPU

@@ -288,6 +288,6 @@ def _labelled(
     source: Source, indices: np.ndarray, labels: np.ndarray, transform: Transform, seed: int = 0, step: int = 0
 ) -> SegmentationSet:
     """A data set whose table leads from the values of a mask to labels, in one look-up."""
-    classes = getattr(source, "class_table", np.arange(256))
+    classes = source.class_table
     table = np.where(classes >= 0, labels[classes], IGNORE)
     return SegmentationSet(source, indices, table, transform, seed, step)

@@ -22,6 +22,8 @@ class Source(Protocol):
 
     #: What the messages call it, such as "split train_aug of voc".
     title: str
+    #: (256,) int: class id by value of a mask, -1 where a value is ignored.
+    class_table: np.ndarray
 
     def __len__(self) -> int: ...
 

@@ -135,6 +135,7 @@ class ShapesSource:
 
     def __init__(self, split: str, count: int, size: int) -> None:
         self.title = f"split {split} of shapes"
+        self.class_table = np.arange(256)  # masks are drawn in class ids
         self.split, self.count, self.size = split, count, min(size, MAX_SIZE)
         self.seed = {"train": 1, "val": 2}[split]
 

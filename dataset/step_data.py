@@ -11,6 +11,7 @@ import dataset
 from dataset.base import JoinedSet, SegmentationSet
 from dataset.sampler import EpochSampler, LoadedBatches, PartSampler, make_loader
 from dataset.tasks import Task
+from utils.checkpointing.store import Store
 from utils.errors import UserError
 from utils.runtime import distributed
 
@@ -26,6 +27,21 @@ def require_batches(images: int, opts: Namespace, task: Task) -> None:
             f"step {task.step} of {task.name} has {images} training images, fewer than one batch of "
             f"{opts.batch_size} x {world} process(es); lower --batch_size"
         )
+
+
+def require_later_steps(opts: Namespace) -> None:
+    """Refuse, before the first step is trained, a later step that cannot be trained.
+
+    Raises:
+        UserError: a step without images, or without the checkpoint that it builds on.
+    """
+    for number, step in enumerate(opts.step):
+        task = dataset.load_task(opts, step)
+        require_batches(len(dataset.build(opts, task).train), opts, task)
+        store = Store(opts, task)
+        finished = opts.resume and store.finished(step).is_file()
+        if not opts.test and not finished and step > 0 and step - 1 not in opts.step[:number]:
+            store.require_previous()
 
 
 class StepData:

@@ -270,6 +270,7 @@ class Method:
         self.opts = opts
         self.task = task
         self.parts = [part(opts, task) for part in parts if part.enabled(opts, task)]
+        self._loss_weights: Mapping[str, Tensor] = {}
 
     @property
     def needs_teacher(self) -> bool:
@@ -296,6 +297,7 @@ class Method:
             teacher: as in `Part.attach`.
             checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; None or empty at step 0.
         """
+        self._loss_weights = (checkpoint or {}).get("loss_weights", {})
         for part in self.parts:
             part.attach(model, teacher, Previous.of_part(checkpoint or {}, part.state_key))
 
@@ -324,13 +326,12 @@ class Method:
         return groups
 
     def make_balancer(self, model: SegmentationModel) -> Balancer:
-        """How the terms become one loss: the balancer of the first part that has one, else the plain sum."""
+        """How the terms become one loss: the balancer of the first part that has one, with λ of step t−1; else the plain sum."""
         specs = [spec for part in self.parts for spec in part.term_specs()]
-        for part in self.parts:
-            balancer = part.make_balancer(model, specs)
-            if balancer is not None:
-                return balancer
-        return Sum()
+        balancers = (part.make_balancer(model, specs) for part in self.parts)
+        balancer = next((found for found in balancers if found is not None), None) or Sum()
+        balancer.inherit(self._loss_weights)
+        return balancer
 
     def phases(self) -> list[Phase]:
         """The phases of all parts, in their order."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.compensation import TwoBranches
 from modules.deeplab import DeeplabV3
 from modules.norm import ABN
+from modules.residual import ResidualBlock
 
 #: Filters that are rescaled at once: the products in float64 of a whole conv would be the largest tensors of all.
 FILTERS_AT_ONCE = 32
@@ -56,7 +57,7 @@ def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
             names = list(dict(module.named_children()))
             for first, second in pairwise(names):
                 _fold_pair(module, first, second)
-        elif getattr(module, "proj_conv", None) is not None:
+        elif isinstance(module, ResidualBlock) and module.proj_conv is not None:
             _fold_pair(module, "proj_conv", "proj_bn")
     return model.requires_grad_(False)
 

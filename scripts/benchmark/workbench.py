@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 import argparser
 import methods
+from argparser import options_of_step
 from dataset.sampler import FixedBatches
 from dataset.tasks import Task
 from modules.atrous import AtrousConv2d
 from modules.fold import fold_frozen
 from modules.norm import ABN
 from modules.resnet import Stem
-from run import options_of_step
 from segmentation_module import SegmentationModel, build_network
 from train import Trainer
 from utils.errors import UserError

@@ -11,7 +11,6 @@ from torch import nn
 
 import argparser
 import dataset
-import run
 import train
 from dataset.sampler import FixedBatches
 from tests.support import thin
@@ -113,7 +112,7 @@ def test_lr_old_is_a_factor_of_the_learning_rate():
 def test_learning_rates_belong_to_the_places_of_step(rates, steps, expected):
     opts = argparser.parse(["--lr", *rates.split(), "--step", *steps.split()])
     tasks = [dataset.load_task(thin.options(), step) for step in opts.step]
-    assert [run.options_of_step(opts, task).lr_of_step for task in tasks] == expected
+    assert [argparser.options_of_step(opts, task).lr_of_step for task in tasks] == expected
     lines = [line for line in argparser.notes(opts) if line.startswith("--lr ")]
     if len(rates.split()) in (1, len(steps.split())):
         assert not lines

@@ -49,15 +49,18 @@ class Balancer(Protocol):
 
     #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
     needs_partial_backward: bool
-    #: Multiplies the losses while their gradients are measured; float16 would lose small ones without it.
-    gradient_scale: float
 
     def detach_taps(self, taps: Taps) -> Taps:
         """The taps that the losses are computed from."""
         ...
 
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        """The loss of the terms."""
+    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
+        """The loss of the terms.
+
+        Args:
+            terms: scalars by name.
+            gradient_scale: multiplies the losses while their gradients are measured; float16 would lose small ones without it.
+        """
         ...
 
     def after_backward(self) -> None:
@@ -98,17 +101,17 @@ class Sum:
     """The loss is the sum of its terms: every method but LSKD."""
 
     needs_partial_backward = False
-    gradient_scale = 1.0
 
     def detach_taps(self, taps: Taps) -> Taps:
         """The taps themselves."""
         return taps
 
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
         """Σ_i ℓ_i.
 
         Args:
             terms: scalars by name.
+            gradient_scale: unused, no gradient is measured.
 
         Returns:
             Scalar.
@@ -211,7 +214,6 @@ class GradientEquilibrium:
         self.weights = nn.Parameter(torch.ones(len(self.terms), dtype=dtype, device=device))
         self.initial_losses = torch.zeros(len(self.terms), dtype=dtype, device=device)
         self.epoch = 0
-        self.gradient_scale = 1.0
         self._group_rows = self._rows_of_groups(device)
         self._depth_pairs = self._pairs_of_depth(device)
         self._measured: _Measured | None = None
@@ -236,11 +238,12 @@ class GradientEquilibrium:
         assert self._detached.taps is not None
         return self._detached.taps
 
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
         """Σ λ_i ℓ_i, with λ a constant; measures mean(∂ℓ_i/∂W_i) on the way, while the graph is there.
 
         Args:
             terms: scalars by name; all balanced ones, and any others, which enter with weight 1.
+            gradient_scale: see `Balancer.combine`.
 
         Returns:
             Scalar.
@@ -251,18 +254,18 @@ class GradientEquilibrium:
         ordered += [value.reshape(()) for name, value in terms.items() if name not in self.names]
         balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
         # Each loss by itself: the backward pass of one element of a stack would visit the graphs of all
-        gradients = [self._detached.gradients(loss * self.gradient_scale) for loss in ordered]
+        gradients = [self._detached.gradients(loss * gradient_scale) for loss in ordered]
         if any(gradients):
-            self._measure(balanced, gradients)
+            self._measure(balanced, gradients, gradient_scale)
         self._detached = DetachedTaps()  # releases the taps: the logits at full size are no longer needed
         weights = self.weights.detach().to(balanced.dtype)
         value = (weights * balanced).sum() + sum(loss.detach() for loss in ordered[len(self.terms) :])
         weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
-        return weighted_sum(value, gradients, weights / self.gradient_scale)
+        return weighted_sum(value, gradients, weights / gradient_scale)
 
-    def _measure(self, losses: Tensor, gradients: Sequence[TapGradients]) -> None:
+    def _measure(self, losses: Tensor, gradients: Sequence[TapGradients], gradient_scale: float) -> None:
         means = [mean_gradient(found, weight) for found, weight in zip(gradients, self.watched)]
-        packed = torch.stack([losses, torch.stack(means) / self.gradient_scale]).to(self.weights.dtype)  # 2×n
+        packed = torch.stack([losses, torch.stack(means) / gradient_scale]).to(self.weights.dtype)  # 2×n
         losses_now, mean_gradients = distributed.mean_(packed).unbind()
         self._measured = _Measured(losses_now, mean_gradients)
 

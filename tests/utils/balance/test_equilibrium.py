@@ -263,10 +263,10 @@ class Half(torch.autograd.Function):
 def measured(scale, factor, half=True):
     watched = [nn.Parameter(torch.tensor([1.0, 3.0])) for _ in range(2)]
     rge = balancer(THREE, watched)
-    rge.gradient_scale = scale
     through = [Half.apply(w) if half else w for w in watched]
     rge.combine(
-        {name: factor * (number + 1) * through[w].square().mean() for number, (name, w, *_) in enumerate(THREE)}
+        {name: factor * (number + 1) * through[w].square().mean() for number, (name, w, *_) in enumerate(THREE)},
+        scale,
     )
     rge.after_backward()
     return rge

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import run
+import argparser
 from dataset import tasks
 from tests.support import thin
 from utils.checkpointing import checkpoint_files, header, store
@@ -24,7 +24,7 @@ STATE = {"model": {"body.w": torch.ones(2), "head.w": torch.ones(1), "cls.w": to
 def make(folder, step=0, text="", task="6-2"):
     opts = thin.options(f"--checkpoint '{folder}' --task {task} --step {step} {text}")
     loaded = tasks.load("shapes", task, step)
-    return Store(run.options_of_step(opts, loaded), loaded)
+    return Store(argparser.options_of_step(opts, loaded), loaded)
 
 
 def refusal(action):

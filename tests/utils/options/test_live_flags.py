@@ -215,9 +215,9 @@ def test_loaders():
 @shows("lr", "lr_old", "momentum", "weight_decay")
 def test_optimizer():
     words = "--lr 0.3 0.2 --lr_old 0.1 --momentum 0.5 --weight_decay 0.25"
-    opts = thin.options(words)
-    steps = ((0, 1), (2,), (3,))
-    assert [run.options_of_step(opts, Task("shapes", "t", i, steps)).lr_of_step for i in range(3)] == [0.3, 0.2, 0.2]
+    opts, steps = thin.options(words), ((0, 1), (2,), (3,))
+    of_step = run.argparser.options_of_step
+    assert [of_step(opts, Task("shapes", "t", i, steps)).lr_of_step for i in range(3)] == [0.3, 0.2, 0.2]
     step = thin.Step(words, steps)
     *others, old, new = step.trainer().optimizer.param_groups
     assert all((group["momentum"], group["weight_decay"]) == (0.5, 0.25) for group in (*others, old, new))

@@ -1,0 +1,51 @@
+"""The pictures that a test leaves: the same images at every step of a task."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+import dataset
+from dataset.tasks import Task
+from dataset.transform import denormalise
+from utils.reporting import pictures, results
+from utils.reporting.logger import Logger
+from utils.reporting.pictures import Legend, Sample
+
+#: Maps normalised images (3, H, W) to predicted classes (H, W) int64 on the CPU.
+Predict = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def keep_pictures(opts: Namespace, task: Task, predict: Predict, log: Logger, iterations: int) -> None:
+    """Write image, labels and prediction of some test images beside the results, and to TensorBoard with `--visualize`.
+
+    A failing disk is only noted: the scores are recorded by then.
+
+    Args:
+        opts: pictures, visualize and where the results are.
+        task: the step that was tested.
+        predict: the network that was tested.
+        log: where TensorBoard's pictures and the note go.
+        iterations: that were trained, the abscissa in TensorBoard.
+    """
+    if opts.pictures == 0:
+        return
+    shown = dataset.pictured(opts, task, opts.pictures)
+    images, truths = zip(*(shown[position] for position in range(len(shown))))
+    masks = [prediction.byte().numpy() for prediction in predict(images)]
+    pixels = [denormalise(image).permute(1, 2, 0).numpy() for image in images]  # 3×H×W → H×W×3
+    samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]
+    names, ids = dataset.class_names(opts), task.at(task.last_step).label_ids
+    legend = Legend.of_task([names[label] for label in ids], ids, dataset.colours(opts))
+    try:
+        pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
+    except OSError as error:
+        log.info(f"note: the pictures of step {task.step} are not kept: {error}")
+    for number, sample in enumerate(samples if opts.visualize else ()):
+        log.image(
+            f"test/picture{number}",
+            pictures.panel(sample, legend, f"{task.name}, after step {task.step}"),
+            iterations,
+        )
