@@ -10,7 +10,7 @@ import pytest
 
 import argparser
 import methods
-from scripts import compare_methods
+from scripts import study
 from scripts.benchmark import __main__ as benchmark
 from tests.stress import fault_injection
 from tests.support.paths import ROOT
@@ -129,7 +129,7 @@ def commands(page):
 #: What reads the words after a program's name.
 PARSERS = {
     "run.py": argparser.parse,
-    "scripts/compare_methods.py": lambda words: argparser.parse(compare_methods.parse(words).words),
+    "scripts/study.py": lambda words: argparser.parse(study.parse(words).words),
     "scripts/benchmark": benchmark.parse,
     "tests/stress/fault_injection.py": fault_injection.parse,
 }

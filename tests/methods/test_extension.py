@@ -1,6 +1,6 @@
 """The examples of the README, a method and a data set in one file each, run through the real command line."""
 
-from pathlib import Path
+import json
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import argparser
 import dataset
 import methods
 import run
-from scripts import compare_methods as compare
+from scripts.studies import plan
 from tests.examples.feature_norm import FeatureNorm
 from tests.examples.pets import Pets
 from tests.support import thin
@@ -70,13 +70,15 @@ def test_the_rules_of_its_options_are_enforced_from_its_file_alone(capsys, tmp_p
     assert "error: --norm_factor 10000000" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_its_options_are_said_to_do_nothing_and_shared_at_step_0():
+def test_its_options_are_said_to_do_nothing_and_shared_at_step_0(tmp_path):
     note = "--norm_relative does nothing here: it needs --norm_factor above 0"
     assert note in argparser.notes(parse("--norm_relative"))
     assert note not in argparser.notes(parse("--norm_relative --norm_factor 1"))
     assert {"norm_factor", "norm_relative"} <= argparser.later_options()
-    arguments = compare.parse(["--methods", "MiB", "FeatureNorm", "--", *thin.words(Path("out"), "--task 6-2")])
-    assert compare.first_run(arguments, "FeatureNorm") == (compare.BASE, [])
+    path = tmp_path / "study.json"
+    options = {"dataset": "shapes", "task": "6-2", "overlap": True, "no_pretrained": True}
+    path.write_text(json.dumps({"options": options, "methods": {"MiB": {}, "FeatureNorm": {}}}))
+    assert len(plan.Plan(plan.read(path), "", tmp_path).first) == 1
 
 
 # ----------------------------------------------------------------------- a data set

@@ -95,7 +95,7 @@ def test_a_changed_file_is_installed_again(changed, project):
 def test_the_quickstart_installs_no_tools_of_tests_and_the_tests_install_both(project):
     _, started = start(project, "quickstart.sh")
     assert installed(started) == [["requirements.txt"]]
-    assert Path(started[-2][0]).name == "compare_methods.py" and Path(started[-1][0]).name == "report.py"
+    assert Path(started[-1][0]).name == "study.py"
     _, started = start(project, "test.sh", "-k", "golden")
     assert installed(started) == [["requirements-dev.txt"]]
     assert started[-1] == ["-m", "pytest", "-k", "golden"]

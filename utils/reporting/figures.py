@@ -85,6 +85,33 @@ def draw_steps(task: TaskRuns) -> Figure:
     return figure
 
 
+def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
+    """mIoU over all classes after the last step by variant of a study, a curve a method, standard deviations as bars.
+
+    Args:
+        tasks: by the name of the variant, in the order of the abscissa.
+    """
+    figure = new_figure(WIDTH, 3.4)
+    axes = figure.add_subplot()
+    labels = dict.fromkeys(group.label for task in tasks.values() for group in (*task.groups, *task.references))
+    ends = []
+    for index, label in enumerate(labels):
+        places, means, spreads = [], [], []
+        for place, task in enumerate(tasks.values()):
+            groups = [group for group in (*task.groups, *task.references) if group.label == label]
+            if values := [v for group in groups for v in group.last_values("all") if v is not None]:
+                places.append(place)
+                means.append(statistics.fmean(values))
+                spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
+        axes.errorbar(places, means, spreads, marker="o", markersize=4, capsize=3, **style_of(index))
+        ends.append((places[-1], means[-1], label, style_of(index)["color"]))
+    _prepare(axes, "", "mIoU of all classes after the last step (%)")
+    axes.set_xticks(range(len(tasks)), list(tasks), rotation=0 if len(tasks) < 5 else 30)
+    axes.set_ylim(bottom=0)
+    _label_ends(axes, ends)
+    return figure
+
+
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write the names of curves beside their last points, moved apart where they would overlap."""
     low, high = axes.get_ylim()

@@ -82,18 +82,21 @@ def steps_table(runs: Sequence[Run]) -> Table:
     return Table(["run", "task", "step", *(key.replace("_", " ") for key in keys)], rows)
 
 
-def write(tasks: Sequence[TaskRuns], path: Path) -> None:
+def write(tasks: Sequence[TaskRuns], path: Path, name: str = "") -> None:
     """Write the page.
 
     Args:
         tasks: of `utils.reporting.runs.by_task`.
         path: of the HTML file; its folder is made.
+        name: of a study, for the title; without it the tasks stand there.
 
     Raises:
         OSError: it cannot be written.
     """
-    title = "Results: " + ", ".join(dict.fromkeys(task.title for task in tasks))
-    body = "".join(_Section(task, number).html() for number, task in enumerate(tasks))
+    title = "Results: " + (name or ", ".join(dict.fromkeys(task.title for task in tasks)))
+    variants = {task.variant: task for task in tasks if task.variant}
+    body = _Section(tasks[0], len(tasks)).figures([figures.draw_variants(variants)]) if len(variants) > 1 else ""
+    body += "".join(_Section(task, number).html() for number, task in enumerate(tasks))
     series = [f"--s{i}: {colour};" for i, colour in enumerate(figures.SERIES)]
     dark = [f"--s{i}: {colour};" for i, colour in enumerate(_DARK_SERIES)]
     style = _STYLE.replace("LIGHT", " ".join(series)).replace("DARK", " ".join(dark))
@@ -124,16 +127,16 @@ class _Section:
         task = self.task
         parts = [f"<h2>{html.escape(task.title)}</h2>", self._summary()]
         if any(len(group.steps) > 1 for group in task.groups):
-            parts.append(self._figures([figures.draw_steps(task)]))
+            parts.append(self.figures([figures.draw_steps(task)]))
         parts += ["<h3>Pictures</h3>" + grid if (grid := self._pictures()) else ""]
         classes = [figures.draw_classes(group, task.base_classes) for group in task.groups if group.class_iou()[0]]
         if classes:
             said = "IoU of each class in percent. The line separates the classes of step 0 from the later ones."
-            parts.append(f"<h3>By class and step</h3><p>{said}</p>{self._figures(classes)}")
+            parts.append(f"<h3>By class and step</h3><p>{said}</p>{self.figures(classes)}")
         confusion = [figures.draw_confusion(group, task.base_classes) for group in task.groups]
         if drawn := [figure for figure in confusion if figure is not None]:
             said = "After the last step, summed over seeds. Lines separate old and new classes."
-            parts.append(f"<h3>Confusion matrices</h3><p>{said}</p>{self._figures(drawn)}")
+            parts.append(f"<h3>Confusion matrices</h3><p>{said}</p>{self.figures(drawn)}")
         parts += [self._histories(), self._all_steps()]
         return "<section>" + "".join(parts) + "</section>"
 
@@ -147,7 +150,8 @@ class _Section:
             note += f" Rows marked (article): {published.source()}."
         return f"<p>{html.escape(note)}</p>{summary_table(self.task).html()}"
 
-    def _figures(self, drawn: Sequence[Figure]) -> str:
+    def figures(self, drawn: Sequence[Figure]) -> str:
+        """The drawings, side by side where there is room."""
         return '<div class="figures">' + "".join(self._svg(figure) for figure in drawn) + "</div>"
 
     def _svg(self, figure: Figure) -> str:
@@ -198,7 +202,7 @@ class _Section:
         if not found:
             return ""
         said = "Of the first seed of each method. A term has one colour in all figures; dotted lines mark where a step begins."
-        return f"<h3>Losses and λ</h3><p>{said}</p>{self._figures(found)}"
+        return f"<h3>Losses and λ</h3><p>{said}</p>{self.figures(found)}"
 
     def _all_steps(self) -> str:
         return f"<details><summary>All runs and steps</summary>{steps_table(self.task.runs).html()}</details>"

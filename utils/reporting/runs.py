@@ -109,6 +109,7 @@ class TaskRuns:
         base_classes: classes of step 0, background included; None in files of early versions.
         groups: in the order in which the files were given.
         references: methods that learned the same classes in one step, such as Joint.
+        variant: name of the variant of a study that the runs belong to; "" where there is none.
     """
 
     dataset: str
@@ -116,11 +117,12 @@ class TaskRuns:
     base_classes: int | None
     groups: tuple[Group, ...]
     references: tuple[Group, ...] = ()
+    variant: str = ""
 
     @property
     def title(self) -> str:
-        """Data set and task."""
-        return f"{self.dataset} {self.task}"
+        """Data set, task and variant."""
+        return f"{self.dataset} {self.task}" + (f", {self.variant}" if self.variant else "")
 
     @property
     def runs(self) -> list[Run]:

@@ -1,0 +1,234 @@
+"""From the file of a study to the runs of run.py that it stands for.
+
+name: shapes
+options: {dataset: shapes, task: 6-2, overlap: true, lr: [0.05, 0.01]}   # of run.py, for all runs
+step0: {epochs: 3}                                                       # for step 0 alone
+later: {epochs: 2}                                                       # for all later steps
+seeds: [1, 2, 3]
+methods:                                                                 # a row of the table each
+  FT:
+  EWC: {reg_importance: 10}
+  LSKD, more of it: {method: LSKD, rge_alpha: 20}
+variants:                                                                # optional: the whole study once for each
+  4 epochs: {step0: {epochs: 4}}
+  8 epochs: {step0: {epochs: 8}}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import argparser
+import dataset
+from dataset.tasks import OFFLINE
+from utils import scheduler
+from utils.errors import UserError
+from utils.options import config
+
+#: Entries of a study, and of a variant.
+KEYS = ("name", "options", "step0", "later", "seeds", "methods", "variants")
+OF_VARIANT = ("options", "step0", "later")
+#: Options that the study sets itself.
+OWN = ("step", "step_ckpt", "random_seed", "name", "date", "checkpoint", "results", "logdir", "resume", "no_progress")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The file of a study.
+
+    Attributes:
+        path: of the file, for messages.
+        name: of the study.
+        options, step0, later: options of run.py for all runs, for step 0 alone, for later steps alone.
+        seeds: `--random_seed` of each repetition.
+        methods: by the name of the row, the options that differ; "method" is the row's name where it is not given.
+        variants: by name, changes of options, step0 and later; {"": {}} where there are none.
+    """
+
+    path: Path
+    name: str
+    options: dict[str, Any]
+    step0: dict[str, Any]
+    later: dict[str, Any]
+    seeds: tuple[int, ...]
+    methods: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of run.py.
+
+    Attributes:
+        title: what the progress calls it; unique in a study.
+        name: `--name` of the run.
+        words: its command line.
+        log: file that takes what it prints.
+        epochs: that it trains, all steps together.
+        after: the job whose checkpoint it starts from, or None.
+        results: its JSON; None for a step 0 that other runs share.
+        kind: jobs of one kind take the same time an epoch.
+    """
+
+    title: str
+    name: str
+    words: list[str] = field(repr=False)
+    log: Path
+    epochs: int
+    after: Job | None = None
+    results: Path | None = None
+    kind: str = ""
+
+
+def read(path: Path) -> Study:
+    """Read and check the file of a study.
+
+    Args:
+        path: YAML or JSON.
+
+    Raises:
+        UserError: names the file, the entry and the remedy.
+    """
+    document = config.load(path)
+    if unknown := sorted(set(document) - set(KEYS)):
+        raise UserError(f"{path}: {unknown[0]!r} is not an entry of a study; the entries are {', '.join(KEYS)}")
+    mappings = {key: _mapping(document, key, path) for key in ("options", "step0", "later", "methods", "variants")}
+    seeds = document.get("seeds", [42])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{path}: seeds is {seeds!r}; give a list of whole numbers, such as [1, 2, 3]")
+    if not mappings["methods"]:
+        raise UserError(f"{path}: no methods; list at least one under methods, such as FT")
+    methods = {name: _mapping(mappings["methods"], name, path) for name in mappings["methods"]}
+    variants = {name: _variant(mappings["variants"], name, path) for name in mappings["variants"]} or {"": {}}
+    name = document.get("name", path.stem)
+    if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f"{path}: name is {name!r}; give a text")
+    for names in (methods, variants):
+        if twice := [text for text, count in Counter(map(file_name, names)).items() if count > 1]:
+            raise UserError(f"{path}: two entries are called {twice[0]!r} in file names; rename one of them")
+    shared = {key: mappings[key] for key in OF_VARIANT}
+    for place, options in (*shared.items(), *((f"methods, {name}", options) for name, options in methods.items())):
+        if taken := sorted(set(options) & set(OWN)):
+            raise UserError(f"{path}, {place}: {taken[0]!r} is set by the study itself; leave it out")
+    return Study(path, name, seeds=tuple(dict.fromkeys(seeds)), methods=methods, variants=variants, **shared)
+
+
+def _mapping(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """An entry that is a mapping, or empty."""
+    value = document.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: {key} is {value!r:.80}; give names with values (a name of digits stands in quotes)")
+    return value
+
+
+def _variant(variants: Mapping[str, Any], name: str, path: Path) -> dict[str, dict[str, Any]]:
+    changes = _mapping(variants, name, path)
+    if unknown := sorted(set(changes) - set(OF_VARIANT)):
+        raise UserError(f"{path}, variant {name}: {unknown[0]!r} cannot vary; change {', '.join(OF_VARIANT)}")
+    return {key: _mapping(changes, key, path) for key in changes}
+
+
+class Plan:
+    """The runs of one variant of a study.
+
+    Args:
+        study: of `read`.
+        variant: name of the variant, "" for none.
+        out: folder of the study.
+        extra: further words for all runs.
+
+    Raises:
+        UserError: options that run.py refuses; names the file and the row.
+    """
+
+    def __init__(self, study: Study, variant: str, out: Path, extra: Sequence[str] = ()):
+        self.study, self.variant, self.extra = study, variant, list(extra)
+        changes = study.variants[variant]
+        self.options, self.step0, self.later = (getattr(study, key) | changes.get(key, {}) for key in OF_VARIANT)
+        self.out = out / file_name(variant) if variant else out
+        self.parser = argparser.build_parser()
+        self.first: dict[str, Job] = {}
+        self.jobs = [self._run(name, seed) for seed in study.seeds for name in study.methods]
+
+    def _words(self, name: str, options: Mapping[str, Any]) -> list[str]:
+        return config.words(options, self.parser, f"{self.study.path}, {name}")
+
+    def _parse(self, name: str, words: Sequence[str]) -> Namespace:
+        """The options of a run, checked as run.py checks them."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                opts = argparser.parse(words)
+            argparser.check(opts)
+        except SystemExit:
+            raise UserError(f"{self.study.path}, {name}: {said.getvalue().strip().splitlines()[-1]}") from None
+        except UserError as error:
+            raise UserError(f"{self.study.path}, {name}: {error}") from error
+        return opts
+
+    def _run(self, name: str, seed: int) -> Job:
+        """The run of a row and a seed; its step 0 is added to `first` unless another row has the same."""
+        own = {"method": name} | self.study.methods[name]
+        joint = str(own["method"]).lower() == "joint"
+        shared = self._words(name, self.options | ({"task": OFFLINE} if joint else {}))
+        mine = [*self._words(name, own), *self.extra]
+        opts = self._parse(name, [*shared, *mine, "--dry_run"])
+        last = dataset.load_task(opts, 0).last_step
+        first = [*shared, *self._words(name, self.step0), *mine, *self._rates(opts, last, [0]), "--step", "0"]
+        if last == 0:
+            return self._job(name, name, seed, first)
+        steps = range(1, last + 1)
+        later = [*shared, *self._words(name, self.later), *mine, *self._rates(opts, last, steps)]
+        return self._job(name, name, seed, [*later, "--step", *map(str, steps)], self._step0(name, first, seed))
+
+    def _step0(self, name: str, words: Sequence[str], seed: int) -> Job:
+        """The step 0 of a row: that of another row where no option that step 0 reads differs."""
+        read = vars(self._parse(name, [*words, "--dry_run"]))
+        left_out = argparser.later_options() | {"method", "explicit", "preset_applied", "task_preset", "dry_run"}
+        key = f"{seed} {sorted((dest, str(value)) for dest, value in read.items() if dest not in left_out)}"
+        if key not in self.first:
+            others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self.first.values())
+            self.first[key] = self._job(f"step0-{name}" if others else "step0", name, seed, words, shared=True)
+        return self.first[key]
+
+    def _rates(self, opts: Namespace, last: int, steps: Sequence[int]) -> list[str]:
+        """`--lr` with one value for each of the steps: several values are those of all steps of the task."""
+        if len(opts.lr) == 1:
+            return []
+        return ["--lr", *(str(scheduler.rate_of_step(opts.lr, range(last + 1), step)) for step in steps)]
+
+    def _job(
+        self, title: str, name: str, seed: int, words: Sequence[str], after: Job | None = None, shared: bool = False
+    ) -> Job:
+        """A process of run.py, named after its row or its step 0, and its seed."""
+        run_name = f"{file_name(title)}-seed{seed}"
+        places = {"checkpoint": "checkpoints", "results": "results", "logdir": "logs"}
+        own = ["--date", "all", "--name", run_name, "--random_seed", str(seed), "--resume", "--no_progress"]
+        own += [word for flag, folder in places.items() for word in (f"--{flag}", str(self.out / folder))]
+        opts = self._parse(name, [*words, *own, "--dry_run"])
+        task = dataset.load_task(opts, 0)
+        if after is not None:
+            file = f"{task.name}-{task.dataset}_{after.name}_0.pth"
+            own += ["--step_ckpt", str(self.out / "checkpoints" / file)]
+        results = self.out / "results" / f"all_{opts.dataset}_{task.name}_{run_name}.json"
+        log = self.out / f"{run_name}.log"
+        epochs = len(opts.step) * opts.epochs
+        title = f"{self.variant}, {run_name}" if self.variant else run_name
+        return Job(
+            title, run_name, [*words, *own], log, epochs, after, None if shared else results, f"{self.variant} {name}"
+        )
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file name: letters, digits and -+.= stay, other characters become "-"."""
+    return re.sub(r"[^\w+.=]+", "-", text).strip("-.") or "x"

@@ -1,0 +1,105 @@
+"""Options in a file, YAML or JSON: the names of the command line, with their values.
+
+dataset: shapes
+task: 6-2
+overlap: true          # a switch that is given
+lr: [0.05, 0.01]       # an option of several values
+pod_options: {switch: {after: {factor: 0.0005}}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+#: Largest file that is read, in bytes.
+LARGEST = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Aliases are refused: a few lines of them stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the document."""
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not supported")
+        return super().compose_node(parent, index)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: the file cannot be read, or holds no mapping with texts as keys.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file; name a YAML or JSON file")
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST} bytes; is it another file?")
+        document = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise UserError(f"{path} holds no mapping of names to values; see docs/command-line.md")
+    return document
+
+
+def words(options: Mapping[str, Any], parser: argparse.ArgumentParser, place: str) -> list[str]:
+    """The words of the command line that stand for some options.
+
+    Args:
+        options: by name, as on the command line, with or without the dashes. A switch is true (given) or false (left out); None leaves
+            an option out.
+        parser: knows the options.
+        place: file and entry, for messages.
+
+    Raises:
+        UserError: an unknown option, or a value that it cannot have; names the option and the place.
+    """
+    known = {flag.lstrip("-"): action for action in parser._actions for flag in action.option_strings}
+    found: list[str] = []
+    for name, value in options.items():
+        action = known.get(name.lstrip("-"))
+        if action is None:
+            like = get_close_matches(name.lstrip("-"), known, 1)
+            raise UserError(f"{place}: {name!r} is not an option" + (f"; did you mean {like[0]!r}?" if like else ""))
+        flag = next(flag for flag in action.option_strings if flag.lstrip("-") == name.lstrip("-"))
+        if value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{place}: {name!r} is a switch; give true or false instead of {value!r}")
+            found += [flag] * value
+        elif isinstance(value, list):
+            if action.nargs is None or not value:
+                raise UserError(f"{place}: {name!r} takes one value, not the list {value}")
+            found += [flag, *map(_text, value)]
+        else:
+            found.append(f"{flag}={_text(value)}")
+    return found
+
+
+def _text(value: Any) -> str:
+    """A value as a word of the command line."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def dump(options: Mapping[str, Any]) -> str:
+    """A YAML text that `load` reads as these options."""
+    return yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
