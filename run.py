@@ -32,7 +32,7 @@ import dataset
 import methods
 import segmentation_module
 from dataset.kept_pictures import keep_pictures
-from dataset.sampler import EpochSampler, Interruptible, kill_workers
+from dataset.sampler import EpochSampler, Interruptible
 from dataset.step_data import StepData, require_batches, require_later_steps
 from dataset.tasks import Task
 from dataset.transform import denormalise
@@ -48,7 +48,7 @@ from utils.reporting import results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 from utils.reporting.scores import log_scores
-from utils.runtime import distributed, errors, memory
+from utils.runtime import distributed, errors, memory, workers
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped, StopRequest
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return code
     finally:
-        kill_workers()
+        workers.kill_workers()
         distributed.shutdown()
     return 0
 
@@ -96,6 +96,8 @@ def run(opts: Namespace) -> None:
     Args:
         opts: parsed and checked.
     """
+    if opts.num_workers and not (opts.dry_run or opts.check_data):
+        workers.start_server()
     device = distributed.initialise(opts.device, opts.local_rank)
     if opts.threads:
         torch.set_num_threads(opts.threads)

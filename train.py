@@ -343,12 +343,11 @@ class Trainer:
             The scores of `StreamSegMetrics.get_results`, with the (C, C) "Confusion Matrix"; None if a stop was asked for.
         """
         metrics = StreamSegMetrics(self.task.num_total, self.device)
-        batches = iter(loader)  # starts processes, which is no good while the threads of the back end are busy
         self._share_buffers()
         was_training = self.network.training
         self.network.eval()
         samples: list[tuple[Tensor, Tensor, Tensor]] = []
-        for images, labels in self.log.bar(batches, title, len(loader)):
+        for images, labels in self.log.bar(loader, title, len(loader)):
             if self.context.stop.signum:
                 break
             predictions = self.predict(images)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -15,11 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.base import JoinedSet, SegmentationSet
 from utils.random_streams import TRAINING, stream_seed
-from utils.runtime.signals import StopRequest, outlive_stop_signals
-
-#: A process that loads data and hands over no batch for so long is stuck. Up to Python 3.11 one can be from its start: where a thread of
-#: the back end is about to talk to Python in the moment of the fork, the child waits for that thread, which it does not have.
-STALLED_SECONDS = 300
+from utils.runtime import workers
+from utils.runtime.signals import StopRequest
 
 
 class EpochSampler(Sampler[int]):
@@ -95,32 +90,68 @@ class PartSampler(Sampler[int]):
         return len(self.samples)
 
 
-def make_loader(
-    data: Dataset, sampler: Iterable[int], batch_size: int, opts: Namespace, pin_memory: bool, lasting: bool = False
-) -> DataLoader:
-    """Batches of a data set.
+class Loader:
+    """Batches of a data set, loaded by worker processes.
 
     Args:
-        data: what is loaded.
+        data: what is loaded. With workers it is pickled for each of them.
         sampler: which samples, in which order.
         batch_size: samples of a batch.
         opts: num_workers, random_seed.
         pin_memory: put the batches where a GPU fetches them faster.
         lasting: complete batches only, worker processes kept from epoch to epoch, as a training wants it.
     """
-    return DataLoader(
-        data,
-        batch_size,
-        sampler=sampler,
-        num_workers=opts.num_workers,
-        pin_memory=pin_memory,
-        drop_last=lasting,
-        persistent_workers=lasting and opts.num_workers > 0,
-        worker_init_fn=outlive_stop_signals,
-        timeout=STALLED_SECONDS if opts.num_workers > 0 else 0,
-        # A generator of its own: starting an iterator must not move torch's, which a resume restores.
-        generator=torch.Generator().manual_seed(opts.random_seed),
-    )
+
+    def __init__(
+        self,
+        data: Dataset,
+        sampler: Iterable[int],
+        batch_size: int,
+        opts: Namespace,
+        pin_memory: bool,
+        lasting: bool = False,
+    ):
+        self.data, self.num_workers = data, opts.num_workers
+        self._loader: DataLoader | None = DataLoader(
+            data,
+            batch_size,
+            sampler=sampler,
+            num_workers=opts.num_workers,
+            pin_memory=pin_memory,
+            drop_last=lasting,
+            persistent_workers=lasting and opts.num_workers > 0,
+            worker_init_fn=workers.follow_training,
+            multiprocessing_context=workers.START_METHOD if opts.num_workers > 0 else None,
+            # A generator of its own: starting an iterator must not move torch's, which a resume restores.
+            generator=torch.Generator().manual_seed(opts.random_seed),
+        )
+
+    def __len__(self) -> int:
+        assert self._loader is not None
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._loader is not None
+        if self.num_workers == 0:
+            yield from self._loader
+            return
+        workers.start_server()
+        try:
+            with workers.stall_watch():
+                batches = iter(self._loader)
+            while True:
+                with workers.stall_watch():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+        except Exception:  # it ends the run; torch would wait five seconds for each process first
+            workers.kill_workers()
+            raise
+
+    def close(self) -> None:
+        """End the worker processes now, and not when the garbage collector finds the loader."""
+        self._loader = None
 
 
 class TrainingBatches(Protocol):
@@ -181,7 +212,7 @@ class LoadedBatches:
 
     def __init__(self, data: SegmentationSet | JoinedSet, sampler: EpochSampler, opts: Namespace, pin_memory: bool):
         self.data, self.sampler, self.opts, self.pin_memory = data, sampler, opts, pin_memory
-        self.loader = make_loader(data, sampler, sampler.batch_size, opts, pin_memory, lasting=True)
+        self.loader = Loader(data, sampler, sampler.batch_size, opts, pin_memory, lasting=True)
 
     def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
         """See `TrainingBatches`."""
@@ -197,7 +228,7 @@ class LoadedBatches:
     def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
         """See `TrainingBatches`; its worker processes end with the pass."""
         own = self.sampler.indices(complete_batches=False)
-        return make_loader(self.data, own, self.sampler.batch_size, self.opts, self.pin_memory)
+        return Loader(self.data, own, self.sampler.batch_size, self.opts, self.pin_memory)
 
     def files(self, number: int) -> list[str]:
         """Names of the files of a batch of the chosen epoch."""
@@ -210,7 +241,7 @@ class LoadedBatches:
 
     def close(self) -> None:
         """End the worker processes now, and not when the garbage collector finds the loader."""
-        end_workers(self.loader)
+        self.loader.close()
 
 
 class FixedBatches:
@@ -280,27 +311,3 @@ class Interruptible:
             yield batch
             if self.stop.signum:
                 return
-
-
-def kill_workers() -> None:
-    """End every process that loads data: one that is stuck does not hear SIGTERM, and Python would wait for it at its exit."""
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if not left:
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
-    for process in left:
-        process.kill()
-        process.join()
-    signal.signal(signal.SIGCHLD, before)
-
-
-def end_workers(loader: DataLoader) -> None:
-    """End the worker processes that a loader keeps between epochs, now and not when the garbage collector finds it.
-
-    Args:
-        loader: may have none.
-    """
-    iterator = getattr(loader, "_iterator", None)  # torch offers no public way
-    if iterator is not None:
-        loader._iterator = None
-        iterator._shutdown_workers()

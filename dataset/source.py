@@ -10,6 +10,7 @@ import numpy as np
 from dataset.cache import cached, fingerprint, first_few
 from dataset.files import inspect, read_pair
 from dataset.layout import BadEntries, FilePair, Layout
+from dataset.shared_texts import SharedTexts
 from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -35,17 +36,19 @@ class FileSource:
         self.split = layout.split_names[0 if train else 1]
         self.title = f"split {self.split} of {layout.name}"
         try:
-            self._pairs: list[FilePair] = layout.pairs(root, train)
+            pairs: list[FilePair] = layout.pairs(root, train)
         except BadEntries as error:
             if problems is None:
                 raise
             problems += error.problems
-            self._pairs = error.good
+            pairs = error.good
+        self._paths = SharedTexts([path for pair in pairs for path in (pair.image, pair.mask)])  # 2N
+        self._domains = np.array([pair.domain for pair in pairs], dtype=np.int64)
         #: (256,) int16, from the values of a mask to class ids, -1 for values no mask may have
         self.class_table = layout.class_table(len(layout.read_classes(root)))
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._domains)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that is damaged."""
@@ -53,7 +56,7 @@ class FileSource:
 
     def files(self, index: int) -> tuple[str, str]:
         """Paths of the image and the mask."""
-        return self._pairs[index].image, self._pairs[index].mask
+        return self._paths[2 * index], self._paths[2 * index + 1]
 
     def presence(self) -> np.ndarray:
         """(N, 256) bool: which class ids each mask shows (its domain in a domain-incremental data set).
@@ -65,13 +68,13 @@ class FileSource:
         """
         if self.layout.domains:
             return self.domains()
-        key = fingerprint([path for pair in self._pairs for path in pair[:2]], f"{self.class_table.tolist()}")
+        key = fingerprint([self._paths[i] for i in range(len(self._paths))], f"{self.class_table.tolist()}")
         return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
 
     def domains(self) -> np.ndarray:
         """(N, 256) bool: the domain of each image, without a look at the files."""
         shown = np.zeros((len(self), 256), dtype=bool)
-        shown[np.arange(len(self)), [pair.domain for pair in self._pairs]] = True
+        shown[np.arange(len(self)), self._domains] = True
         return shown
 
     def _scan(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 import dataset
 from dataset.base import JoinedSet, SegmentationSet
-from dataset.sampler import EpochSampler, LoadedBatches, PartSampler, make_loader
+from dataset.sampler import EpochSampler, LoadedBatches, Loader, PartSampler
 from dataset.tasks import Task
 from utils.checkpointing.store import Store
 from utils.errors import UserError
@@ -75,7 +75,7 @@ class StepData:
         # Full images differ in size and cannot share a batch.
         per_batch = opts.batch_size if opts.crop_val else 1
         self.val_loader, self.test_loader = (
-            make_loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
+            Loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
             for split in (splits.val, splits.test)
         )
 

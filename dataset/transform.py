@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+
+# torchvision is imported by the transforms when they are first called: it takes as long to import as torch, and a training process whose
+# images are loaded by others does not need it.
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,7 +81,10 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, mask: Tensor) -> Pair:
         """Image (3, H, W) and mask (H, W) uint8 → the same crop of both, (3, size, size) and (size, size)."""
-        box = v2.RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
+        from torchvision.transforms.v2 import RandomResizedCrop
+        from torchvision.transforms.v2 import functional as F
+
+        box = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
         image = F.resized_crop(image, *box, self.size, antialias=True)
         top, left, height, width = box
         mask = resize_mask(mask[top : top + height, left : left + width], self.size)
@@ -97,6 +101,8 @@ class EvalTransform:
 
     def __call__(self, image: Tensor, mask: Tensor) -> Pair:
         """Image (3, H, W) and mask (H, W) uint8 → (3, size, size) and (size, size)."""
+        from torchvision.transforms.v2 import functional as F
+
         image = F.resize(image, self.size, antialias=True)
         mask = resize_mask(mask, image.shape[1:])[None]
         return Pair(F.center_crop(image, self.size), F.center_crop(mask, self.size)[0])

@@ -30,9 +30,6 @@ STATES = 3
 #: Terms of `head.lossweights` in official checkpoints, in its order.
 OFFICIAL_TERMS = ("ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits", "md/logits")
 
-#: How long the processes that loaded data for a killed run may hold its lock: a second more than they need to notice.
-LOCK_SECONDS = 1.25
-
 
 class Store:
     """The checkpoint files of a task under one name.
@@ -94,7 +91,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
+            lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
                 f"another run named {self.opts.name!r} trains step {self.task.step} of {self.task.name} into {self.folder}; "

@@ -12,12 +12,12 @@ import os
 import platform
 import subprocess
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-import torchvision
 from filelock import FileLock
 
 from metrics.summary import missing_steps, summarise
@@ -304,7 +304,7 @@ def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "numpy": numpy.__version__,
             "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         },

@@ -23,11 +23,6 @@ def shortage(error: BaseException) -> str:
         The sentence with its remedy; "" for any other error.
     """
     text = str(error)
-    if "DataLoader timed out" in text:
-        return (
-            "a process that loads data has handed over nothing for five minutes (is the disk out of reach?); "
-            "repeat the command with --resume"
-        )
     if "DataLoader worker (pid" in text:  # "DataLoader worker process" stands in the message of an exception within one
         return (
             "a process that loads data is gone (did the system end it because the memory is full?); "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from typing import Any
 
@@ -14,10 +13,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 #: A launcher hands on the signal that the whole process group got already: within this time the second is not another request.
 FORWARDING_SECONDS = 5.0
-
-
-#: How often a process that loads data looks whether its training process is still there.
-ORPHAN_SECONDS = 0.25
 
 
 class Stopped(Exception):
@@ -69,26 +64,3 @@ class StopRequest:
         elif "LOCAL_WORLD_SIZE" not in os.environ or now - self._received_at > FORWARDING_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """For processes that load data: a batch system or a terminal signals them too, but the training process still needs them.
-
-    SIGTERM is obeyed only where it comes from the training process, which ends with it the workers that are left when it exits. Where
-    that is killed, its workers end within moments: they hold its memory, and perhaps its lock on the checkpoint.
-
-    Args:
-        worker: number of the worker, as a DataLoader hands it over.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # elsewhere a process does not learn who signals it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        told = signal.sigtimedwait({signal.SIGTERM}, ORPHAN_SECONDS)
-        if told is not None and told.si_pid == parent:
-            break
-    os._exit(0)

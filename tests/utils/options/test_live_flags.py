@@ -201,11 +201,14 @@ def test_loaders():
 
     usual = loaders("")
     changed = loaders("--crop_size 48 --batch_size 5 --num_workers 1 --crop_val")
-    assert [data.batches.loader.batch_size for data in (usual, changed)] == [2, 5]
+    assert [next(iter(data.batches))[0].shape[0] for data in (usual, changed)] == [2, 5]
     assert [data.batches.loader.num_workers for data in (usual, changed)] == [0, 1]
     assert [data.batches.data[0][0].shape[-1] for data in (usual, changed)] == [32, 48]
-    assert [data.test_loader.batch_size for data in (usual, changed)] == [2, 1]  # full images come one by one
-    assert type(usual.test_loader.dataset.transform) is not type(changed.test_loader.dataset.transform)
+    assert [next(iter(data.test_loader))[0].shape[0] for data in (usual, changed)] == [
+        2,
+        1,
+    ]  # full images come one by one
+    assert type(usual.test_loader.data.transform) is not type(changed.test_loader.data.transform)
     assert len(loaders("--task 6-4").class_names) == 7
 
 

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
+from dataset.sampler import Loader
 from tests.support import thin
 from tests.support.paths import ROOT
 from utils.errors import UserError
@@ -63,7 +65,7 @@ def mistake(*_):
 
 @pytest.mark.parametrize("planted", [bug, mistake])
 def test_the_same_holds_in_a_process_that_loads_data(planted):
-    loader = torch.utils.data.DataLoader(_Set(planted), batch_size=1, num_workers=1)
+    loader = Loader(_Set(planted), range(2), 1, Namespace(num_workers=1, random_seed=0), pin_memory=False)
     with pytest.raises(ValueError) as caught:
         next(iter(loader))
     if planted is bug:
