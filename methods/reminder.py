@@ -153,7 +153,7 @@ class REMINDER(Method):
     paper = "Phan et al., Class Similarity Weighted Knowledge Distillation for Continual Semantic Segmentation, CVPR"
     year = 2022
     stores = "the mean feature of each class (prototypes)"
-    step0 = "REMINDER"
+    step0 = "REMINDER, or any with --csw_kd"
     own_parts = (SimilarityDistillation,)
     preset = PLOP.preset | {"csw_kd": 0.5}
     task_presets = {("ade", task): _of_ade(task) for dataset, task in PLOP.task_presets if dataset == "ade"}
