@@ -64,17 +64,22 @@ class RepresentationCompensation(Part):
 
     state_key = "rcil"
     rules = Rules(
-        requires=[
-            (
-                "rcil_network",
-                f"a body of residual blocks with 3×3 convs, --backbone {', '.join(ARCHITECTURES)}",
-                lambda opts: opts.backbone in ARCHITECTURES,
-            ),
-        ],
         idle=[("--rcil_network", lambda opts: opts.rcil_network is not None, ["rcil_stem", "rcil_init"])],
         later=["rcil_init"],
         exclusive=[
+            (
+                "--rcil_network {rcil_network}",
+                lambda opts: opts.rcil_network is not None,
+                f"--backbone {{backbone}}, which has no residual blocks of 3×3 convs (of {', '.join(ARCHITECTURES)})",
+                lambda opts: opts.backbone not in ARCHITECTURES,
+            ),
             ("--rcil_network merged", lambda opts: opts.rcil_network == MERGED, "a training (without --test)", _trains),
+            (
+                "--rcil_network, whose merge rewrites the weights of the step before",
+                lambda opts: opts.rcil_network is not None,
+                "--ewf (--weight_fusion), which averages them by name",
+                lambda opts: opts.ewf or opts.weight_fusion,
+            ),
             (
                 "--rcil_network on a body of basic blocks, whose first convs are frozen",
                 lambda opts: opts.rcil_network == DOUBLED and opts.backbone in ("resnet18", "resnet34"),

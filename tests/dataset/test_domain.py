@@ -26,6 +26,7 @@ TERMS = {
     "--method MiB": "ce kd",
     "--method PLOP": "ce pod",
     "--method FT --pod local --pod_factor 0.0001 --pod_logits": "ce pod",
+    "--method RCIL --lr 0.001": "ce kd pcd/spatial pcd/channel",
     "--method LSKD": "ce mcd kd pod/stage1 pod/stage2 md/stage3 md/stage4 md/pre_logits md/logits",
 }
 
@@ -63,8 +64,12 @@ def test_balanced_initialisation_leaves_the_classifier_alone(cities, tmp_path):
     assert torch.equal(*(state["cls.0.weight"] for state in states))
 
 
-def test_every_method_is_run():
-    assert {text.split()[1] for text in TERMS} == set(methods.METHODS) - {"Joint"}
+@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - {text.split()[1] for text in TERMS} - {"Joint"}))
+def test_every_other_method_is_refused(method, cities, tmp_path, capsys):
+    """Their losses, starts or memories speak of a background or of new classes."""
+    assert thin.launch(tmp_path, words(cities, f"--step 0 1 --method {method}")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --") and f"--method {method}" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", TERMS)

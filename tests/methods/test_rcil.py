@@ -276,6 +276,7 @@ def methods_options(text):
         ("--method RCIL --backbone mobilenet_v2", "--rcil_network doubled"),
         ("--method RCIL --rcil_network merged", "--rcil_network merged"),
         ("--method LSKD --rcil_network doubled", "--mask_rule"),
+        ("--method RCIL --ewf", "--ewf"),
         ("--method RCIL --pcd_factors 1 1 -1 1", "--pcd_factors -1"),
     ],
 )
