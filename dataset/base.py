@@ -87,10 +87,14 @@ class SegmentationSet(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """Image (3, H, W) float32, normalised, and labels (H, W) uint8 (a quarter to an eighth of the transfer)."""
+        return self.crop(position, int(self._stream))
+
+    def crop(self, position: int, stream: int) -> tuple[Tensor, Tensor]:
+        """The sample with the random draws of another stream than that of `set_epoch`."""
         index = int(self.indices[position])
         image, mask = self.source.read(index)
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(stream_seed(int(self._stream), index))
+        torch.default_generator.manual_seed(stream_seed(stream, index))
         try:
             pair = self.transform(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask))
         finally:
@@ -101,6 +105,13 @@ class SegmentationSet(Dataset):
         """Mask (H, W) through the look-up table; `translate` is four times as fast as fancy indexing."""
         labels = bytearray(mask.contiguous().numpy()).translate(self._table)
         return torch.frombuffer(labels, dtype=torch.uint8).view(mask.shape)
+
+    def class_shares(self, position: int) -> np.ndarray:
+        """(256,) share of each class id in the whole annotation of a sample, whatever its step learns."""
+        _, mask = self.source.read(int(self.indices[position]))
+        counts = np.bincount(mask.ravel(), minlength=256)
+        ids = getattr(self.source, "class_table", np.arange(256))  # of each value of a mask, -1 for none
+        return np.bincount(ids[ids >= 0], counts[ids >= 0], minlength=256) / mask.size
 
     def set_epoch(self, epoch: int, purpose: str = TRAINING) -> None:
         """Choose the random draws of the next samples; reaches running workers.

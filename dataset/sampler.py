@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.base import JoinedSet, SegmentationSet
+from dataset.draws import ClassDraws, ClassShares
 from utils.random_streams import TRAINING, stream_seed
-from utils.runtime import workers
+from utils.runtime import distributed, workers
 from utils.runtime.signals import StopRequest
 
 
@@ -187,6 +188,20 @@ class TrainingBatches(Protocol):
         """
         ...
 
+    def class_shares(self) -> Tensor:
+        """(N, 256) share of each class id in the annotation of each of this step's N images; all processes call it together."""
+        ...
+
+    def draws(self, positions: Sequence[int], label: int, count: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches of random crops of some images, drawn with replacement; the same on every process that asks for them.
+
+        Args:
+            positions: of the images among the N.
+            label: of the step; each has its own draws.
+            count: number of crops.
+        """
+        ...
+
 
 class EvaluationBatches(Protocol):
     """Batches of a validation or test set, read from the first to the last."""
@@ -229,6 +244,25 @@ class LoadedBatches:
         """See `TrainingBatches`; its worker processes end with the pass."""
         own = self.sampler.indices(complete_batches=False)
         return Loader(self.data, own, self.sampler.batch_size, self.opts, self.pin_memory)
+
+    def class_shares(self) -> Tensor:
+        """See `TrainingBatches`; each process reads its part of the annotations."""
+        data, rank, world = self._own, distributed.rank(), distributed.world_size()
+        shares = torch.zeros(len(data), 256, dtype=torch.float64)
+        own = range(rank, len(data), world)
+        for found, positions in Loader(ClassShares(data), own, self.sampler.batch_size, self.opts, pin_memory=False):
+            shares[positions] = found
+        return sum(distributed.gather_objects(shares), torch.zeros_like(shares))
+
+    def draws(self, positions: Sequence[int], label: int, count: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`."""
+        drawn = ClassDraws(self._own, positions, label, count)
+        return Loader(drawn, range(count), self.sampler.batch_size, self.opts, self.pin_memory)
+
+    @property
+    def _own(self) -> SegmentationSet:
+        """The images of the step itself, without those of a replay memory."""
+        return self.data.parts[0] if isinstance(self.data, JoinedSet) else self.data
 
     def files(self, number: int) -> list[str]:
         """Names of the files of a batch of the chosen epoch."""
@@ -274,6 +308,18 @@ class FixedBatches:
         """See `TrainingBatches`."""
         return iter(self.batches)
 
+    def class_shares(self) -> Tensor:
+        """See `TrainingBatches`; labels stand for class ids."""
+        labels = [label for _, batch in self.batches for label in batch.long()]
+        return torch.stack([label.flatten().bincount(minlength=256) / label.numel() for label in labels])
+
+    def draws(self, positions: Sequence[int], label: int, count: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`; the images in turn, as they are."""
+        samples = [pair for images, labels in self.batches for pair in zip(images, labels)]
+        for number in range(count):
+            image, mask = samples[positions[number % len(positions)]]
+            yield image[None], mask[None]
+
 
 class Interruptible:
     """Batches whose passes end early, after at least one batch, once a stop is asked for.
@@ -305,6 +351,14 @@ class Interruptible:
     def every_image(self) -> Iterable[tuple[Tensor, Tensor]]:
         """See `TrainingBatches`."""
         return self._until_stopped(self.batches.every_image())
+
+    def class_shares(self) -> Tensor:
+        """See `TrainingBatches`."""
+        return self.batches.class_shares()
+
+    def draws(self, positions: Sequence[int], label: int, count: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `TrainingBatches`."""
+        return self._until_stopped(self.batches.draws(positions, label, count))
 
     def _until_stopped(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:

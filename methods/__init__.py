@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from dataset.tasks import Task
+from methods.alife import ALIFE, ALIFEM
 from methods.awt import MiBAWT
 from methods.base import Method, Part
 from methods.ewc import EWC, WeightPenalty
@@ -55,6 +56,8 @@ METHODS: dict[str, type[Method]] = {
         MiBNeST,
         PLOPNeST,
         LSKDNeST,
+        ALIFE,
+        ALIFEM,
     )
 }
 

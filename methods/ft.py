@@ -75,8 +75,9 @@ class Classification(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """Always, but where iCaRL's disjoint loss takes its place."""
-        return not (opts.icarl and opts.icarl_disjoint and task.step > 0)
+        """Always, but where iCaRL's disjoint loss or ALIFE's takes its place."""
+        replaced = (opts.icarl and opts.icarl_disjoint) or opts.ali_factor is not None
+        return not (replaced and task.step > 0)
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
         """NCA's margin is in units of the cosine, and the logits are the cosine times the classifier's scale."""

@@ -11,7 +11,10 @@ METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
 GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
-EPOCHS=${EPOCHS:-30}
+case $METHOD in # as published
+    ALIFE | ALIFE-M) EPOCHS=${EPOCHS:-5} ;;
+    *) EPOCHS=${EPOCHS:-30} ;;
+esac
 setting=(--overlap)
 first=(--method "$METHOD")
 case $METHOD in # as published

@@ -37,6 +37,8 @@ TERMS = {
     "MiB": ("ce", "ce kd"),
     "PLOP": ("ce", "ce pod"),
     "REMINDER": ("ce", "ce csw pod"),
+    "ALIFE": ("ce", "ce ali kd"),
+    "ALIFE-M --alife_memory 3 --alife_rotation_epochs 1": ("ce", "ce ali kd"),
     "RCIL": ("ce", "ce kd pcd/spatial pcd/channel"),
     "UCD": ("ce", "ce kd contrastive"),
     "SDR": ("ce sparsity", "ce kd attraction repulsion matching sparsity"),
@@ -209,6 +211,7 @@ KINDS = REGULARISED | {
     "LSKD": ["thresholds"],
     "REMINDER": ["thresholds", "prototypes"],
     "SDR": ["prototypes"],
+    "ALIFE-M": ["memory"],
 }
 #: What the two processes run: every method, flags that touch the parameters besides the loss, and a run that one process repeats.
 COMMANDS = {
@@ -243,6 +246,8 @@ def learned():
                     state |= {f"{kind}/{name}": value for name, value in values.items()}
             if getattr(part, "thresholds", None) is not None:
                 state["thresholds"] = part.thresholds
+            if getattr(part, "vectors", None) is not None:
+                state["memory"] = part.vectors
             if getattr(part, "prototypes", None) is not None:
                 state["prototypes"] = part.prototypes
         if trainer.balancer.loss_weights:

@@ -112,6 +112,10 @@ PUBLISHED = [
     ("voc/15-5s", "RCIL", [30, 30], [0.02, 0.001], 24),
     ("voc/10-1", "RCIL", [30, 30], [0.02, 0.001], 24),
     ("ade/100-10", "RCIL", [60, 60], [0.01, 0.001], 24),
+    ("voc/19-1", "ALIFE", [30, 5], [0.01, 0.001], 24),
+    ("voc/15-5", "ALIFE-M", [30, 10], [0.01, 0.001], 24),
+    ("voc/15-5s", "ALIFE-M", [30, 10], [0.01, 0.001], 24),
+    ("ade/100-50", "ALIFE", [60, 60], [0.01, 0.001], 24),
     ("voc/15-5s", "REMINDER", [30, 30], [0.01, 0.001], 16),
     ("voc/15-5", "REMINDER", [30, 30], [0.01, 0.001], 24),
     ("ade/100-50", "REMINDER", [60, 70], [0.01, 0.0008], 10),
@@ -157,6 +161,14 @@ def test_sdr_on_voc_19_1_is_the_official_script(project, monkeypatch):
     assert (step0.method, step0.unce, step0.loss_de_prototypes, step0.loss_featspars) == ("FT", True, 1, 0)
     assert (step1.method, step1.loss_de_prototypes, step1.loss_featspars) == ("SDR", 0.01, 0.001)
     assert {opts.overlap for opts in (step0, step1)} == {False} and {step0.opt_level, step1.opt_level} == {"O0"}
+
+
+def test_alife_trains_longer_in_the_first_incremental_step_of_voc_15_1(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for given, epochs in (({}, [30, 10, 5, 5]), ({"EPOCHS": "3"}, [30, 3, 3, 3])):
+        variables = {"METHOD": "ALIFE", "STEPS": "0 1 2 3", "DATA_ROOT": "my data"} | given
+        steps = commands(project, "scripts/voc/15-5s.sh", **variables)[:-1]
+        assert [parsed(command).epochs for command in steps] == epochs
 
 
 def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch):

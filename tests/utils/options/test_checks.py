@@ -292,6 +292,8 @@ MET = {
     "a --step above 0": "--step 1",
     "a training (not --test, --dry_run or --check_data)": "",
     "--csw_kd above 0": "--csw_kd 1",
+    "--rcil_network": "--rcil_network doubled",
+    "--ali_factor": "--ali_factor 1",
     "--init_awt": "--init_awt",
     "--awt_channels per_class": "--init_awt --awt_channels per_class",
     "--random_channels": "--init_awt --random_channels",

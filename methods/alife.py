@@ -1,0 +1,447 @@
+"""ALIFE and ALIFE-M: an adaptive regulariser of the old logits, and a memory of features that is rotated from step to step.
+
+stage 1   ce on the pixels of new classes, --ali_factor · ali on the background, --ali_kd_factor · kd on all other pixels (utils.alife),
+          balanced initialisation as MiB. From step 1 on all norms but the head's last one are fixed
+stage 2   ALIFE-M, a phase after the training: rotate the remembered features of the old classes to where the new network puts them
+stage 3   ALIFE-M, a phase after that: all classifiers alone, on relabelled images (ali, focal loss) and on the whole memory
+memory    --alife_memory vectors for each class, the mean features of the class in random crops, taken at the end of the step that
+          learned it. The release takes them at the beginning of stage 2 of the next step, from the same network and the same images
+
+The published weights differ from step to step (`task_presets`); with ALIFE of a task that has none they are 1. The release has a network
+of its own; as its authors define the losses, they are those of any network with features before its classifiers.
+
+The schedule of the release: lr 0.01, then 0.001; 30 epochs (VOC) or 60 (ADE20K) at step 0; scripts/voc/ and scripts/ade/ have the rest.
+
+Reference: Oh et al., "ALIFE: Adaptive Logit Regularizer and Feature Replay for Incremental Semantic Segmentation", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataset.sampler import TrainingBatches
+from dataset.tasks import Task
+from methods.base import Method, Part, Previous, Rules
+from methods.phase import Phase
+from segmentation_module import SegmentationModel
+from utils import alife, loss
+from utils.balance.equilibrium import TermSpec
+from utils.checkpointing import structure
+from utils.errors import UserError
+from utils.options.groups import option_group
+from utils.options.rules import LARGE
+from utils.random_streams import stream_seed
+from utils.runtime import distributed
+from utils.types import IGNORE, Batch
+
+#: Group of the options in `--help`.
+GROUP = "adaptive logit regulariser and feature replay (ALIFE)"
+#: τ, multiplies the similarities between features and memory.
+TEMPERATURE = 10.0
+#: A class must take up this share of an image, and then of its crop, to be remembered from it.
+LEAST_SHARE = 0.005
+#: Crops that are drawn at most for each vector of the memory.
+DRAWS_PER_VECTOR = 20
+
+
+def of_step(values: Sequence[float], step: int) -> float:
+    """The value for a step from 1 on; the last one serves all further steps."""
+    return values[min(step, len(values)) - 1]
+
+
+class AdaptiveLogitRegulariser(Part):
+    """Stage 1 (--ali_factor)."""
+
+    needs_teacher = True
+    rules = Rules(
+        ranges={"ali_factor": (0, LARGE), "ali_kd_factor": (0, LARGE)},
+        one_of=[
+            (["ali_factor", *others], "the classification loss")
+            for others in (["unce"], ["bce"], ["icarl"], ["nca"], ["focal_loss"], ["focal_loss_new"], ["pseudo_soft"])
+        ]
+        + [(["ali_factor", "loss_kd"], "the distillation of outputs")],
+        idle=[("--ali_factor", lambda o: o.ali_factor is not None, ["ali_kd_factor", "ali_ignored"])],
+        later=["ali_factor", "ali_kd_factor", "ali_ignored"],
+        classes_only={"ali_factor": lambda factors: factors is not None},
+    )
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Factors of stage 1."""
+        add = option_group(parser, GROUP).add_argument
+        steps = "one for all steps from 1 on, or one for each"
+        add("--ali_factor", type=float, nargs="+", default=None, help=f"factor of the logit regulariser: {steps}")
+        add("--ali_kd_factor", type=float, nargs="+", default=[1.0], help=f"factor of ALIFE's distillation: {steps}")
+        versions = ["released", "mended"]
+        add(
+            "--ali_ignored",
+            default="released",
+            choices=versions,
+            help="ignored pixels take part in ALIFE's distillation, as released, or not",
+        )
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """From step 1 on, with --ali_factor; domains have no background."""
+        return opts.ali_factor is not None and task.step > 0 and not task.domain
+
+    def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
+        """All norms but the last one of the head."""
+        norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm))
+        return [norm for norm in norms if norm is not model.head.red_bn]
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """{"ce", "ali", "kd"}: means over the process's batch; ce divides by all pixels, ali and kd by theirs."""
+        opts, step = self.opts, self.task.step
+        student, teacher, labels = batch.student.logits, batch.teacher.logits, batch.labels
+        foreground = labels.masked_fill(labels == 0, IGNORE)
+        ali = alife.adaptive_logit_regulariser(student, teacher, labels)
+        kd = alife.foreground_distillation(student, teacher, labels, opts.ali_ignored == "released")
+        return {
+            "ce": opts.ce_factor * loss.cross_entropy(student, foreground).mean(),
+            "ali": of_step(opts.ali_factor, step) * ali,
+            "kd": of_step(opts.ali_kd_factor, step) * kd,
+        }
+
+    def term_specs(self) -> list[TermSpec]:
+        """All three are measured at the head."""
+        return [TermSpec("ce"), TermSpec("ali"), TermSpec("kd")]
+
+    def remedies(self) -> dict[str, str]:
+        """The regulariser has no lower bound where a class is absent from the teacher's opinion."""
+        return {"ali": "lower --lr or --ali_factor"}
+
+
+class Rotation(Phase):
+    """Stage 2: rotations of the old classes' features, on what the images of this step show of them.
+
+    Args:
+        opts, task: as for `Phase`.
+        memory: the part whose memory is rotated.
+    """
+
+    name = "rotation"
+    when = "after"
+    training_mode = False
+
+    def __init__(self, opts: Namespace, task: Task, memory: FeatureReplay):
+        super().__init__(opts, task)
+        self.memory = memory
+
+    @property
+    def epochs(self) -> int:
+        """--alife_rotation_epochs."""
+        return self.opts.alife_rotation_epochs
+
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
+        """Make the parameters, (C_old, D(D−1)/2)."""
+        super().attach(model, teacher, device)
+        self.size = model.cls[0].in_channels
+        shape = self.task.num_old, self.size * (self.size - 1) // 2
+        self.values = nn.Parameter(torch.zeros(shape, device=device, dtype=model.cls[0].weight.dtype))
+
+    def begin(self, loader: TrainingBatches) -> None:
+        """Start uniformly within ± 1 / sqrt(D(D−1)/2), the same on all processes."""
+        generator = torch.Generator().manual_seed(stream_seed(self.opts.random_seed, "rotation", self.task.step))
+        drawn = torch.rand(self.values.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        self.values.data.copy_(drawn / math.sqrt(max(1, self.values.shape[1])))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the matrices."""
+        return [self.values]
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Adam, with the weight decay added to the gradient."""
+        opts = self.opts
+        return torch.optim.Adam(self.parameters(), lr=opts.alife_rotation_lr, weight_decay=opts.weight_decay)
+
+    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """{"ce", "cosine"}: rotated representations are classified as theirs, and point to where the new network's do."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            before, after = (network(images, full_size=False).pre_logits for network in (self.teacher, self.model))
+        share = self.opts.alife_lambda
+        with torch.autocast(images.device.type, enabled=False):
+            f, f_after = (alife.positions_of(maps).to(self.values.dtype) for maps in (before, after))
+            p, p_after, mean = alife.representations(self.memory.vectors, f, f_after, TEMPERATURE)
+            rotated = (alife.rotations(self.values, self.size) @ p[:, :, None])[:, :, 0]  # (C_old, D)
+            logits = classify(self.model, rotated + mean)
+            own = torch.arange(len(rotated), device=logits.device)
+            apart = 1 - F.cosine_similarity(rotated, p_after, dim=1)
+            return {"ce": (1 - share) * F.cross_entropy(logits, own), "cosine": share * apart.mean()}
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Rotate the memory, as released without the centring of the representations."""
+        self.memory.vectors = self.memory.vectors @ alife.rotations(self.values, self.size).transpose(1, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters."""
+        return {"values": self.values.detach().cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the parameters."""
+        structure.require_fit({"values": self.values.detach().cpu()}, state, f"state/phases/{self.name}")
+        self.values.data.copy_(state["values"])
+
+
+class ClassifierReplay(Phase):
+    """Stage 3: the classifiers of all steps, on the images of this step and on the memory of the others.
+
+    Args:
+        opts, task: as for `Phase`.
+        memory: the part with the rotated memory.
+    """
+
+    name = "replay"
+    when = "after"
+    training_mode = False
+
+    def __init__(self, opts: Namespace, task: Task, memory: FeatureReplay):
+        super().__init__(opts, task)
+        self.memory = memory
+
+    @property
+    def epochs(self) -> int:
+        """--alife_replay_epochs."""
+        return self.opts.alife_replay_epochs
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the classifiers."""
+        return list(self.model.cls.parameters())
+
+    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """{"ali", "ce", "memory"}; ce is the focal loss on labels whose background is what the teacher sees."""
+        opts, step = self.opts, self.task.step
+        assert self.teacher is not None
+        student = self.model(images).logits
+        with torch.no_grad():
+            teacher = self.teacher(images).logits
+        relabelled = torch.where(labels == 0, teacher.argmax(1), labels)
+        ali = alife.adaptive_logit_regulariser(student, teacher, labels)
+        return {
+            "ali": of_step(opts.alife_replay_ali, step) * ali,
+            "ce": loss.focal(student, relabelled).mean(),
+            "memory": of_step(opts.alife_replay_memory, step) * self.memory_loss(),
+        }
+
+    def memory_loss(self) -> Tensor:
+        """Mean cross entropy of the whole memory; classes of which nothing is remembered are left out."""
+        vectors, found = self.memory.vectors, self.memory.found
+        own = torch.arange(len(vectors), device=vectors.device)[found.to(vectors.device)]
+        with torch.autocast(vectors.device.type, enabled=False):
+            logits = classify(self.model, vectors[own].flatten(0, 1))  # (C_old·M, C)
+            return F.cross_entropy(logits, own.repeat_interleave(vectors.shape[1]))
+
+
+def classify(model: SegmentationModel, vectors: Tensor) -> Tensor:
+    """(n, D) features -> (n, C) logits."""
+    return model.cls(vectors.T[None, :, :, None])[0, :, :, 0].T
+
+
+class FeatureReplay(Part):
+    """The memory of features, and stages 2 and 3 (--alife_memory).
+
+    Attributes:
+        vectors: (C, M, D) remembered features of the classes before this step; at its end those of its own classes join them.
+        found: (C,) bool, the classes of which anything is remembered.
+    """
+
+    uses_teacher = True
+    state_key = "alife"
+    rules = Rules(
+        ranges={
+            "alife_memory": (0, 10**6),
+            "alife_lambda": (0, 1),
+            "alife_rotation_epochs": (0, 10**6),
+            "alife_replay_epochs": (0, 10**6),
+            "alife_replay_ali": (0, LARGE),
+            "alife_replay_memory": (0, LARGE),
+        },
+        positive={"alife_rotation_lr": LARGE},
+        idle=[
+            (
+                "--alife_memory above 0",
+                lambda o: o.alife_memory > 0,
+                [
+                    *("alife_lambda", "alife_rotation_epochs", "alife_rotation_lr"),
+                    *("alife_replay_epochs", "alife_replay_ali", "alife_replay_memory"),
+                ],
+            )
+        ],
+        later=[
+            *("alife_lambda", "alife_rotation_epochs", "alife_rotation_lr"),
+            *("alife_replay_epochs", "alife_replay_ali", "alife_replay_memory"),
+        ],
+        classes_only={"alife_memory": bool},
+    )
+
+    def __init__(self, opts: Namespace, task: Task):
+        super().__init__(opts, task)
+        self.vectors = torch.zeros(0)
+        self.found = torch.zeros(0, dtype=torch.bool)
+
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """Size of the memory, and the two phases."""
+        add = option_group(parser, GROUP).add_argument
+        steps = "one for all steps from 1 on, or one for each"
+        add("--alife_memory", type=int, default=0, help="remembered features of each class; 0: no memory")
+        add("--alife_lambda", type=float, default=0.99, help="share of the cosine in the loss of the rotations")
+        add("--alife_rotation_epochs", type=int, default=10, help="epochs in which the rotations are learned")
+        add("--alife_rotation_lr", type=float, default=0.01, help="learning rate of the rotations (Adam)")
+        add("--alife_replay_epochs", type=int, default=1, help="epochs of the classifiers alone")
+        add("--alife_replay_ali", type=float, nargs="+", default=[1.0], help=f"its factor of the regulariser: {steps}")
+        add("--alife_replay_memory", type=float, nargs="+", default=[1.0], help=f"its factor of the memory: {steps}")
+
+    @classmethod
+    def enabled(cls, opts: Namespace, task: Task) -> bool:
+        """At every step, with --alife_memory: step 0 leaves the first features."""
+        return opts.alife_memory > 0 and not task.domain
+
+    def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
+        """Take over the memory of step t−1.
+
+        Raises:
+            UserError: it left none, or one that does not fit.
+        """
+        weight = model.cls[0].weight
+        if self.task.step == 0:
+            self.vectors = weight.new_zeros(0, self.opts.alife_memory, weight.shape[1])
+            return
+        vectors, found = previous.state.get("vectors"), previous.state.get("found")
+        if vectors is None:
+            raise UserError(
+                f"--alife_memory {self.opts.alife_memory} needs the features that step {self.task.step - 1} remembers, but "
+                f"{previous.file} has none: it was trained without --alife_memory; train it again with --method ALIFE-M"
+            )
+        shape = (self.task.num_old, self.opts.alife_memory, weight.shape[1])
+        mine = {"vectors": weight.new_zeros(shape).cpu(), "found": torch.zeros(shape[0], dtype=torch.bool)}
+        misfit = structure.misfit(mine, {"vectors": vectors, "found": found}, "memory")
+        if misfit or found is None or not bool(vectors.isfinite().all()):
+            raise UserError(
+                f"the features that {previous.file} remembers are not {shape[0]} classes of {shape[1]} finite vectors of {shape[2]} "
+                "numbers; give all steps the same --alife_memory and network"
+            )
+        self.vectors, self.found = vectors.to(weight), found.clone()
+
+    def phases(self) -> list[Phase]:
+        """From step 1 on, stages 2 and 3."""
+        if self.task.step == 0:
+            return []
+        return [Rotation(self.opts, self.task, self), ClassifierReplay(self.opts, self.task, self)]
+
+    @torch.no_grad()
+    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
+        """Remember the classes of this step, each on one of the processes; after the last step nothing will be read."""
+        if self.task.step == self.task.last_step:
+            return
+        was_training = model.training
+        model.eval()
+        shares = loader.class_shares()
+        fresh = self.vectors.new_zeros(self.task.num_new, *self.vectors.shape[1:]).to(device)
+        found = torch.zeros(self.task.num_new, device=device)
+        for number, class_id in enumerate(self.task.new):
+            if number % distributed.world_size() == distributed.rank():
+                vectors = self.remember(model, loader, self.task.num_old + number, shares[:, class_id], device)
+                if len(vectors):
+                    fresh[number] = vectors[torch.arange(fresh.shape[1], device=device) % len(vectors)]
+                    found[number] = 1
+        fresh, found = distributed.sum_(fresh), distributed.sum_(found)
+        self.vectors = torch.cat([self.vectors.to(device), fresh])
+        self.found = torch.cat([self.found, found.bool().cpu()])
+        model.train(was_training)
+
+    def remember(
+        self, model: SegmentationModel, loader: TrainingBatches, label: int, shares: Tensor, device: torch.device
+    ) -> Tensor:
+        """Mean features of a class in random crops.
+
+        Where too few crops show enough of it, fewer vectors are returned; if none does, crops with any pixel of it are taken.
+
+        Args:
+            model: in evaluation mode.
+            loader: as in `end_step`.
+            label: of the class.
+            shares: (N,) of the class in the annotations of the N images.
+            device: where to compute.
+
+        Returns:
+            (n, D) with n ≤ --alife_memory.
+        """
+        for least in (LEAST_SHARE, 0.0):
+            positions = (shares > least).nonzero()[:, 0].tolist()
+            wanted = self.opts.alife_memory
+            vectors: list[Tensor] = []
+            if positions:
+                for images, labels in loader.draws(positions, label, DRAWS_PER_VECTOR * wanted):
+                    vectors += self.vectors_of(model, images.to(device), labels.to(device) == label, least)
+                    if len(vectors) >= wanted:
+                        break
+            if vectors:
+                return torch.stack(vectors[:wanted])
+        return self.vectors.new_zeros(0, self.vectors.shape[2])
+
+    def vectors_of(self, model: SegmentationModel, images: Tensor, masks: Tensor, least: float) -> Iterator[Tensor]:
+        """The mean feature (D,) of each crop that shows enough of the class: (B, 3, H, W) images, (B, H, W) bool masks."""
+        features = model(images.to(self.vectors.dtype), full_size=False).pre_logits
+        for maps, mask in zip(features, masks):
+            if mask.any() and mask.double().mean() >= least:
+                yield alife.mean_feature(maps, mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory."""
+        return {"vectors": self.vectors.cpu().clone(), "found": self.found.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the memory, which a resumed run may have rotated already."""
+        structure.require_fit(self.state_dict(), state, f"state/method/{self.state_key}")
+        self.vectors, self.found = state["vectors"].to(self.vectors), state["found"]
+
+
+class ALIFE(Method):
+    """The logit regulariser."""
+
+    name = "ALIFE"
+    paper = (
+        "Oh et al., ALIFE: Adaptive Logit Regularizer and Feature Replay for Incremental Semantic Segmentation, NeurIPS"
+    )
+    year = 2022
+    own_parts = (AdaptiveLogitRegulariser, FeatureReplay)
+    preset = {"init_balanced": True, "ali_factor": [1.0], "ali_kd_factor": [1.0]}
+    task_presets = {
+        ("voc", "15-5"): {"ali_factor": [2.0]},
+        ("voc", "15-5s"): {"ali_factor": [3.0, 5.0, 2.0, 3.0, 2.0], "ali_kd_factor": [1.0, 10.0, 1.0, 10.0, 1.0]},
+        ("ade", "50"): {"ali_kd_factor": [20.0]},
+    }
+
+
+def _replay(ali: list[float], memory: list[float], share: float = 0.99) -> dict[str, Any]:
+    return {"alife_replay_ali": ali, "alife_replay_memory": memory, "alife_lambda": share}
+
+
+class ALIFEM(ALIFE):
+    """The logit regulariser and the memory of features."""
+
+    name = "ALIFE-M"
+    stores = "1000 features of each class"
+    step0 = "its own, with --alife_memory"
+    preset = ALIFE.preset | {"alife_memory": 1000}
+    task_presets = {
+        key: ALIFE.task_presets.get(key, {}) | replay
+        for key, replay in {
+            ("voc", "19-1"): _replay([1.0], [1.0], 0.95),
+            ("voc", "15-5"): _replay([1.0], [10.0], 0.95),
+            ("voc", "15-5s"): _replay([3.0, 5.0, 2.0, 3.0, 1.0], [1.0, 20.0, 1.0, 2.0, 1.0]),
+            ("ade", "100-50"): _replay([0.0], [0.5]),
+            ("ade", "100-10"): _replay([5.0, 5.0, 2.0, 0.0, 0.0], [2.0, 1.0, 1.0, 0.1, 0.5]),
+            ("ade", "50"): _replay([0.0], [0.1, 0.5]),
+        }.items()
+    }
