@@ -210,6 +210,11 @@ def test_excerpts_of_the_hooks_are_in_the_example():
     assert len(excerpts) == 3 and all(excerpt in example for excerpt in excerpts)
 
 
+def test_the_table_of_rules_has_every_field():
+    table = (ROOT / "docs" / "extending.md").read_text().partition("| field of `Rules` |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(methods.base.Rules._fields)
+
+
 def test_the_table_of_hooks_is_that_of_the_code():
     """Names, order, times and what a resume does, as methods/base.py has them; and no hook is missing."""
     hooks = re.findall(r"^    (\w+) {2,}(.+?) {2,}(.+)$", methods.base.__doc__, flags=re.MULTILINE)[1:]

@@ -33,6 +33,7 @@ from methods.phase import Phase
 from segmentation_module import SegmentationModel
 from utils.balance.equilibrium import TermSpec
 from utils.optimizer import Group
+from utils.options.groups import option_group
 from utils.runtime import distributed
 from utils.types import IGNORE, Batch
 
@@ -139,7 +140,8 @@ class UsesEveryHook(Part):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         """The part's own option."""
-        parser.add_argument("--hook_factor", type=float, default=0.0, help="factor of EveryHook's terms")
+        group = option_group(parser, "every hook (EveryHook)")
+        group.add_argument("--hook_factor", type=float, default=0.0, help="factor of EveryHook's terms")
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:

@@ -15,6 +15,7 @@ from modules.pretrained import load_backbone
 from tests.examples.four_stages import FourStages
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
+from utils.runtime import distributed
 from utils.types import TAP_NAMES
 
 
@@ -109,6 +110,17 @@ def test_norms_that_follow_no_conv_stay_in_the_frozen_network():
     images, folded = torch.randn(2, 3, 5, 5), fold_frozen(body)
     assert type(folded[2]) is ABN and type(folded[4]) is not ABN
     torch.testing.assert_close(folded(images), body(images))
+
+
+@pytest.mark.parametrize(("name", "norm", "follow"), [
+    ("own_norms", "iabn_sync", True), ("four_stages", "iabn_sync", False), ("four_stages", "abn", True),
+])  # fmt: skip
+def test_statistics_that_are_not_synchronised_follow_the_main_process(name, norm, follow, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "wrap", lambda model, device, follow_main: asked.append(follow_main) or model)
+    thin.Step(f"--backbone {name} --norm_act {norm}").trainer()
+    assert asked == [follow]
 
 
 # -------------------------------------------------------------- through the command line
