@@ -95,14 +95,6 @@ class WeightFusion(Part):
 
     rules = Rules(
         requires=[("threshold_choice", "--weight_fusion or --ewf", lambda opts: opts.weight_fusion or opts.ewf)],
-        exclusive=[
-            (
-                "--ewf (--weight_fusion)",
-                lambda opts: opts.weight_fusion or opts.ewf,
-                "--rcil_network {rcil_network} (whose merged branches have no counterpart in the network of the step before)",
-                lambda opts: opts.rcil_network is not None,
-            )
-        ],
         later=["ewf", "weight_fusion", "threshold_choice"],
         classes_only={"ewf": bool, "weight_fusion": bool},
     )

@@ -273,7 +273,10 @@ class NewClassifierPreTuning(Part):
                 lambda opts: opts.nb_background_modes > 1,
             ),
         ],
-        idle=[("--nest", wanted, ["warm_epochs", "warm_lr_scale", "unce_in_warm"])],
+        idle=[
+            ("--nest", wanted, ["warm_epochs", "warm_lr_scale", "unce_in_warm"]),
+            ("no --nest, which takes its place", lambda opts: not wanted(opts), ["init_balanced"]),
+        ],
         later=["nest", "warm_up", "warm_epochs", "warm_lr_scale", "unce_in_warm"],
         classes_only={"nest": bool, "warm_up": bool},
     )

@@ -1,5 +1,7 @@
 """AWT: attributions by hand and by integrated gradients, channels, transfer, combinations, and runs through the command line."""
 
+import os
+import signal
 from argparse import Namespace
 
 import pytest
@@ -14,6 +16,7 @@ from modules.classifier import Classifiers
 from modules.upsample import upsample, upsampling_mass
 from tests.support import interrupted, thin
 from tests.support.command_lines import parse, refusal
+from utils.checkpointing import checkpoint_files
 from utils.checkpointing.store import read
 from utils.runtime import distributed
 
@@ -311,3 +314,24 @@ def test_a_resume_continues_to_the_bit(tmp_path):
     interrupted.assert_equal_to_the_bit(
         *interrupted.run_twice(tmp_path, "--task 6-2 --method MiB+AWT --epochs 2", step=1, at=1)
     )
+
+
+def test_a_stop_during_the_attribution_ends_the_run_and_a_resume_starts_the_step_anew(tmp_path, monkeypatch):
+    words = "--task 6-2 --method MiB+AWT --crop_size 64"
+    assert thin.launch(tmp_path / "whole", f"{words} --step 0 1") == 0
+    base = f"--step 1 --step_ckpt '{tmp_path}/whole/checkpoints/6-2-shapes_n_0.pth'"
+    seen = []
+    add = awt.MeanAttributions.add
+
+    def stop(*args):
+        seen.append(args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return add(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(awt.MeanAttributions, "add", stop)
+        assert thin.launch(tmp_path / "parts", f"{words} {base}") == 128 + signal.SIGTERM
+    assert len(seen) == 1
+    assert thin.launch(tmp_path / "parts", f"{words} {base} --resume") == 0
+    first, second = (read(tmp_path / name / "checkpoints" / "6-2-shapes_n_1.pth") for name in ("whole", "parts"))
+    assert checkpoint_files.digest(first["model_state"]) == checkpoint_files.digest(second["model_state"])

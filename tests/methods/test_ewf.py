@@ -89,7 +89,6 @@ def test_published_factors_on_ade(task, factor):
 
 def test_refusals(tmp_path, capsys):
     assert "--threshold_choice needs --weight_fusion or --ewf" in refusal("--threshold_choice --step 1")
-    assert "--rcil_network doubled" in refusal("--method RCIL --ewf --step 1")
     words = f"--data_root '{tmp_path}' --dataset cityscapes_domain --task 11-5 --step 1"
     for flag in ("--ewf", "--weight_fusion", "--fix_pre_cls"):
         assert thin.launch(tmp_path, f"{words} {flag}") == 2
