@@ -55,7 +55,7 @@ def class_names(opts: Namespace) -> tuple[str, ...]:
 
 
 def colours(opts: Namespace) -> np.ndarray:
-    """(256, 3) uint8, the colour in which `opts.dataset` draws each class id; Pascal VOC's where it has none of its own."""
+    """(256, 3) uint8, the colour of each class id of `opts.dataset`; the colours of Pascal VOC if the data set defines none."""
     table, layout = colour_map(), _layout(opts)
     if layout is not None and layout.palette:
         table[: len(layout.palette)] = layout.palette
@@ -63,7 +63,7 @@ def colours(opts: Namespace) -> np.ndarray:
 
 
 def load_task(opts: Namespace, step: int) -> Task:
-    """The task that `opts` (dataset, task, task_file, data_root) names, at a step; UserError as `tasks.load`."""
+    """The task that `opts` names (dataset, task, task_file, data_root), at a step; raises as `tasks.load` does."""
     sizes: tuple[int, ...] = ()
     if opts.dataset not in tasks.KNOWN:
         layout, classes = _layout(opts), len(class_names(opts))
@@ -89,11 +89,14 @@ def described_task(described: dict[str, Any]) -> Task:
 def build(opts: Namespace, task: Task) -> Splits:
     """The data sets of a step.
 
-    train: training images with a class of the step (without `overlap`: and with no class of a later step), only the
-    step's classes labelled. val: validation images with a class of the step, labelled alike; with `cross_val` a random
-    fifth of the training images instead, which are then not trained on. test: validation images (`val_on_trainset`:
-    training images) with a class seen so far, all of which are labelled. With `test_on_val` the images of each of the
-    three sets are shuffled by a fixed seed, and training images keep the first 80 %, validation images the last 20 %.
+    train: the training images that show a class of the step. Only the step's classes are labelled. Without `overlap`, images
+    that also show a class of a later step are left out.
+    val: the validation images that show a class of the step, with the same labels. With `cross_val` it is a random fifth of
+    the training images, which are then not trained on.
+    test: the validation images (`val_on_trainset`: training images) that show a class seen so far. All classes seen so far
+    are labelled.
+    With `test_on_val` the images of each set are shuffled by a fixed seed; the first 80 % of training images and the last
+    20 % of validation images are used.
 
     Args:
         opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
@@ -144,9 +147,9 @@ def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> Segmentat
 
 
 def pictured(opts: Namespace, task: Task, count: int) -> SegmentationSet:
-    """A few test images that every step of a task draws, labelled with all classes of the task.
+    """The test images whose predictions are drawn after every step of a task, labelled with all classes of the task.
 
-    They are the same at every step. Each shows as many classes as possible that those before it do not show.
+    They are the same at every step. Each image shows as many classes as possible that the images before it do not show.
 
     Args:
         opts: as for `build`.
@@ -172,7 +175,7 @@ def pictured(opts: Namespace, task: Task, count: int) -> SegmentationSet:
 
 
 def labels_of_validation(opts: Namespace, task: Task) -> str:
-    """Which labels the validation of a step counts, in words.
+    """Which labels the validation of a step counts, as text for the log.
 
     Args:
         opts: data_masking, no_mask, disable_background.
@@ -186,15 +189,15 @@ def labels_of_validation(opts: Namespace, task: Task) -> str:
 
 
 def labels_of_test(opts: Namespace, task: Task) -> str:
-    """Which labels the test of a step counts, in words; the arguments are those of `labels_of_validation`."""
+    """Which labels the test of a step counts, as text for the log. Arguments as in `labels_of_validation`."""
     return _ALL_LABELS
 
 
 def check_data(opts: Namespace, task: Task) -> list[str]:
-    """Reads every mask of the data set, and every image that the step uses or may use, in parallel.
+    """Read every mask of the data set, and every image that the step uses or may use, in parallel.
 
     Returns:
-        a sentence for each file, and each line of a split, that cannot be used; empty if all is well.
+        A sentence for each file and each line of a split that cannot be used; empty if there is none.
     """
     problems: list[str] = []
     layout = _layout(opts)
@@ -216,7 +219,7 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
 
 
 def _masking(opts: Namespace) -> str:
-    """What survives in the labels of training and validation images."""
+    """Which classes the labels of training and validation images keep (see `Task.label_table`)."""
     return "current+old" if opts.no_mask else opts.data_masking
 
 
@@ -242,12 +245,12 @@ def _source(opts: Namespace, train: bool) -> Source:
 
 
 def _wanted(task: Task, ids: tuple[int, ...]) -> list[int]:
-    """Ids that an image is chosen by: every image shows background, which therefore chooses none."""
+    """The ids by which images are selected. Background is left out, because every image shows it."""
     return [class_id for class_id in ids if class_id != 0 or task.domain]
 
 
 def _chosen(source: Source, task: Task, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
-    """Indices of the images with one of the ids (disjoint: and no id of a later step); UserError if there are none."""
+    """Indices of the images that show one of the ids (disjoint: and no id of a later step); UserError if there are none."""
     allowed = [0, *task.order] if disjoint and not task.domain else None
     indices = select(source.presence(), _wanted(task, ids), allowed)
     if len(indices) == 0:
@@ -287,7 +290,7 @@ def _share(indices: np.ndarray, train: bool, title: str) -> np.ndarray:
 def _labelled(
     source: Source, indices: np.ndarray, labels: np.ndarray, transform: Transform, seed: int = 0, step: int = 0
 ) -> SegmentationSet:
-    """A data set whose table leads from the values of a mask to labels, in one look-up."""
+    """A data set whose look-up table maps the values of a mask directly to labels."""
     classes = source.class_table
     table = np.where(classes >= 0, labels[classes], IGNORE)
     return SegmentationSet(source, indices, table, transform, seed, step)

@@ -1,4 +1,4 @@
-"""The data set that the loaders see: which images belong to a step, and how one becomes a sample."""
+"""The data set of a step: which images belong to it, and how an image and its mask become a sample."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Transform = Callable[[Tensor, Tensor], Pair]
 
 
 class Source(Protocol):
-    """Images and masks in a fixed order, from files or drawn, before any protocol."""
+    """All images and masks of a split in a fixed order, read from files or drawn, whatever the task."""
 
-    #: What the messages call it, such as "split train_aug of voc".
+    #: Its name in messages, such as "split train_aug of voc".
     title: str
     #: (256,) int: class id by value of a mask, -1 where a value is ignored.
     class_table: np.ndarray
@@ -51,9 +51,9 @@ class Splits(NamedTuple):
 class SegmentationSet(Dataset):
     """Some images of a source, with the labels of a step.
 
-    The random draws of a sample depend only on the seed, what the sample is read for, the step, the epoch and the image:
-    neither the number of worker processes nor the place in the queue moves them, so that a resumed run needs no state
-    of its workers.
+    The random draws of a sample depend only on the seed, the purpose, the step, the epoch and the image. They do not depend
+    on the number of worker processes or on the order in which samples are read, so that no state of the workers has to be
+    saved for a resume.
 
     Args:
         source: images and masks.
@@ -61,7 +61,7 @@ class SegmentationSet(Dataset):
         table: (256,) uint8, from class ids to labels (`Task.label_table`).
         transform: of image and mask, jointly.
         seed: of the random draws.
-        step: of the task; an image that two steps show is drawn anew in each.
+        step: of the task; an image that belongs to two steps has other random draws in each.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SegmentationSet(Dataset):
         self.transform = transform
         self.seed, self.step = seed, step
         self._table = table.astype(np.uint8).tobytes()
-        # shared memory: persistent workers see the stream that the main process chooses
+        # In shared memory, so that persistent workers read what the main process sets
         self._stream = torch.zeros((), dtype=torch.int64).share_memory_()
         self.set_epoch(0)
 
@@ -86,11 +86,11 @@ class SegmentationSet(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) float32, normalised, and labels (H, W) uint8 (a quarter to an eighth of the transfer)."""
+        """Image (3, H, W) float32, normalised, and labels (H, W) uint8, an eighth of the bytes of int64."""
         return self.crop(position, int(self._stream))
 
     def crop(self, position: int, stream: int) -> tuple[Tensor, Tensor]:
-        """The sample with the random draws of another stream than that of `set_epoch`."""
+        """The sample with random draws from the given stream instead of that of `set_epoch`."""
         index = int(self.indices[position])
         image, mask = self.source.read(index)
         state = torch.default_generator.get_state()
@@ -102,23 +102,23 @@ class SegmentationSet(Dataset):
         return normalise(pair.image), self._labels(pair.mask)
 
     def _labels(self, mask: Tensor) -> Tensor:
-        """Mask (H, W) through the look-up table; `translate` is four times as fast as fancy indexing."""
+        """Labels of a mask (H, W) by the look-up table; `translate` is four times as fast as indexing."""
         labels = bytearray(mask.contiguous().numpy()).translate(self._table)
         return torch.frombuffer(labels, dtype=torch.uint8).view(mask.shape)
 
     def class_shares(self, position: int) -> np.ndarray:
-        """(256,) share of each class id in the whole annotation of a sample, whatever its step learns."""
+        """(256,) share of each class id in the annotation of a sample, of classes of other steps too."""
         _, mask = self.source.read(int(self.indices[position]))
         counts = np.bincount(mask.ravel(), minlength=256)
-        ids = getattr(self.source, "class_table", np.arange(256))  # of each value of a mask, -1 for none
+        ids = self.source.class_table
         return np.bincount(ids[ids >= 0], counts[ids >= 0], minlength=256) / mask.size
 
     def set_epoch(self, epoch: int, purpose: str = TRAINING) -> None:
-        """Choose the random draws of the next samples; reaches running workers.
+        """Choose the random draws of the next samples, in running workers too.
 
         Args:
             epoch: number of the pass over the images.
-            purpose: what they are read for: each purpose has draws of its own.
+            purpose: what the samples are read for; each purpose has its own random draws.
         """
         self._stream.fill_(stream_seed(self.seed, "crops", purpose, self.step, epoch))
 
@@ -140,7 +140,7 @@ class JoinedSet(Dataset):
 
     @property
     def indices(self) -> np.ndarray:
-        """Of the first part, the samples of the step itself."""
+        """Indices of the samples of the step itself, the first part."""
         return self.parts[0].indices
 
     def __len__(self) -> int:
@@ -164,15 +164,15 @@ class JoinedSet(Dataset):
 
 
 def select(presence: np.ndarray, wanted: Sequence[int], allowed: Sequence[int] | None = None) -> np.ndarray:
-    """Indices of the images that belong to a step, by set arithmetic on the classes they show.
+    """Indices of the images that belong to a step, by the classes that they show.
 
     Args:
         presence: (N, 256) bool, which ids each image shows.
-        wanted: at least one of these must be there.
-        allowed: with this, nothing else may be there but these and 255 (the disjoint protocol).
+        wanted: an image must show at least one of these ids.
+        allowed: an image must show no other ids than these and 255 (disjoint setup); None: any other ids.
 
     Returns:
-        sorted indices, (M,) int64.
+        (M,) int64, sorted.
 
     Reference:
         MiB (CVPR 2020), section 5.1: overlapped and disjoint setup.

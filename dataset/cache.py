@@ -1,8 +1,8 @@
-"""What the scan of a split found, kept in a file from run to run.
+"""The cache of the scan of a split: which classes each mask shows.
 
-The file lies in DATA_ROOT/.cisscache, or in the user's cache folder where the data set is read-only. It carries a
-fingerprint of the files (names, sizes, times of change), and one that does not match is replaced. It is written aside
-and renamed, under a lock, so that several processes and jobs scan once between them.
+The file is in DATA_ROOT/.cisscache, or in the user's cache folder if the data set is read-only. It contains a fingerprint of
+the data files (names, sizes, modification times) and is replaced if the fingerprint differs. It is written under another
+name and renamed, under a lock, so that only one of several processes or jobs scans.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from utils.errors import UserError
 
 FOLDER = ".cisscache"
 _FORMAT = 2  # of the file, and of what a scan refuses
-_LOCK_SECONDS = 1800  # a job that waits longer scans for itself
+_LOCK_SECONDS = 1800  # after this wait for the lock a job scans the masks itself
 
 
 def fingerprint(paths: Sequence[str], what: str) -> str:
-    """Hash of the names, sizes and times of change of the files.
+    """Hash of the names, sizes and modification times of the files.
 
     Args:
         paths: of the files.
-        what: whatever else the result of the scan depends on.
+        what: text for everything else that the result of the scan depends on.
 
     Raises:
         UserError: a file is missing or not a regular file; the message names the first ones.
@@ -56,7 +56,7 @@ def first_few(problems: Sequence[str], most: int = 5) -> str:
 
 
 def cached(root: Path, name: str, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The (N, 256) bool table that `compute` returns, from the cache where its fingerprint is `key`."""
+    """The (N, 256) bool table that `compute` returns, read from the cache if the cached fingerprint is `key`."""
     folder = _writable_folder(root)
     if folder is None:
         return compute()
@@ -76,7 +76,7 @@ def _writable_folder(root: Path) -> Path | None:
     """The folder of the cache: beside the data, else in the user's cache folder, else none."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     beside = root / FOLDER
-    # the superuser may write anywhere: that nobody has the right to is still a wish to be respected
+    # The superuser can write everywhere; a data set that nobody has write permission for is left as it is nevertheless
     candidates = [beside] if beside.is_dir() or root.stat().st_mode & 0o222 else []
     for folder in (*candidates, user / FOLDER.removeprefix(".")):
         with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ def _writable_folder(root: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """The lock of a cache file; without one (a file system that has none) the jobs only scan more than once."""
+    """The lock of a cache file. On a file system without locks the jobs go on without it and scan more than once."""
     lock = FileLock(path, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
@@ -102,7 +102,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _load(path: Path, key: str) -> np.ndarray | None:
-    """The table in the file, or None if the file is missing, damaged or about other files."""
+    """The table in the file, or None if the file is missing, is damaged, or has another fingerprint."""
     try:
         with np.load(path, allow_pickle=False) as content:
             if str(content["key"]) != key:
@@ -114,7 +114,7 @@ def _load(path: Path, key: str) -> np.ndarray | None:
 
 
 def _store(path: Path, key: str, presence: np.ndarray) -> None:
-    """Writes the table aside and renames it; a full disk costs the next run a scan, nothing else."""
+    """Write the table under another name and rename it; if the disk is full, the next run scans again."""
     with contextlib.suppress(OSError):
         temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
         try:

@@ -1,9 +1,9 @@
 """folder: a data set of your own.
 
-    DATA_ROOT/classes.txt       a name a line, background first; a class's line, counted from 0, is its id
+    DATA_ROOT/classes.txt       one name per line, background first; the number of a class's line, from 0, is its id
               images/           NAME.jpg (or .png, .bmp, .tif, .webp); folders within are allowed
               masks/            NAME.png: 8 bits, one channel (palette or grey), each value a class id, 255 is ignored
-              splits/train.txt  a NAME a line, with or without the image's suffix
+              splits/train.txt  one NAME per line, with or without the suffix of the image
               splits/val.txt
 
 Its one built-in task is `offline` (all classes at once); others come with `--task_file`.

@@ -1,4 +1,4 @@
-"""The pictures that a test leaves: the same images at every step of a task."""
+"""The pictures that are kept of a test: the same images at every step of a task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Predict = Callable[[Sequence[Tensor]], list[Tensor]]
 def keep_pictures(opts: Namespace, task: Task, predict: Predict, log: Logger, iterations: int) -> None:
     """Write image, labels and prediction of some test images beside the results, and to TensorBoard with `--visualize`.
 
-    A failing disk is only noted: the scores are recorded by then.
+    If they cannot be written, a note is logged and the run continues: the scores are recorded already.
 
     Args:
         opts: pictures, visualize and where the results are.

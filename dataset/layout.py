@@ -1,4 +1,4 @@
-"""Layout: where a data set on disk keeps its images and masks, and what its classes are called."""
+"""Layout: where the images and masks of a data set are on the disk, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class FilePair(NamedTuple):
-    """Paths of an image and its mask; in a domain-incremental data set, the domain they are from."""
+    """Paths of an image and its mask, and their domain in a domain-incremental data set."""
 
     image: str
     mask: str
@@ -44,7 +44,7 @@ class Layout:
     palette: tuple[tuple[int, int, int], ...] = ()
 
     def read_classes(self, root: Path) -> tuple[str, ...]:
-        """Names of the classes; a data set whose files name them reads them here."""
+        """Names of the classes; a data set that reads them from a file overrides this."""
         return self.classes
 
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
@@ -52,7 +52,7 @@ class Layout:
         raise NotImplementedError
 
     def class_table(self, classes: int) -> np.ndarray:
-        """(256,) int16, from the values of a mask to class ids; -1 for a value that no mask may have."""
+        """(256,) int16, the class id of each value of a mask; -1 for a value that no mask may have."""
         table = np.full(256, -1, dtype=np.int16)
         table[:classes] = np.arange(classes)
         table[[0, IGNORE]] = 0, IGNORE
@@ -60,9 +60,9 @@ class Layout:
 
 
 def read_lines(path: Path, hint: str) -> list[str]:
-    """The non-empty lines of a text file, stripped; UserError that names the file if it is not one or is empty.
+    """The non-empty lines of a text file, stripped; UserError if there is no such file, or no text in it.
 
-    A byte order mark, which editors of Windows write in front, is left out.
+    A byte order mark at the start, which some editors on Windows write, is removed.
     """
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{path} is not a file: {hint}")
@@ -82,8 +82,8 @@ class BadEntries(UserError):
     """Lines of a split file that cannot be used.
 
     Args:
-        problems: a sentence for each; the message has the first few.
-        good: pairs of the other lines.
+        problems: a sentence for each line; the message contains the first few.
+        good: pairs of the lines that can be used.
     """
 
     def __init__(self, problems: list[str], good: list[FilePair]):
@@ -96,8 +96,8 @@ def read_pairs(split: Path, hint: str, parse: Callable[[str, str], FilePair]) ->
 
     Args:
         split: the file.
-        hint: for the message when there is none.
-        parse: turns a line, and the name of its place for messages, into a pair.
+        hint: end of the message if the file is missing.
+        parse: maps a line and its place (file and number, for messages) to a pair.
 
     Raises:
         BadEntries: `parse` raised UserError for some lines.
@@ -115,10 +115,10 @@ def read_pairs(split: Path, hint: str, parse: Callable[[str, str], FilePair]) ->
 
 
 def inside(folder: Path, name: str, place: str) -> str:
-    """`folder`/`name`, if that is within the folder: a split file must not lead out of its data set.
+    """`folder`/`name`. The path must be inside the folder: a split file must not name files outside its data set.
 
     Args:
-        folder: where the name starts from.
+        folder: that the name is relative to.
         name: a relative path.
         place: file and line, for the message.
 
@@ -135,7 +135,7 @@ def inside(folder: Path, name: str, place: str) -> str:
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...], hint: str) -> list[str]:
-    """Sorted names of the files with one of the suffixes; UserError that names the folder if there are none."""
+    """Sorted names of the files with one of the suffixes; UserError if there are none."""
     endings = tuple(suffix.lower() for suffix in suffixes)
     try:
         names = sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))

@@ -1,9 +1,9 @@
-"""shapes: the embedded data set. Drawn scenes, no files, the same on every machine for a given seed and index.
+"""shapes: the embedded data set. Its scenes are drawn, not read from files; a seed and an index give the same scene on every machine.
 
-Every picture shows two to four objects of different classes on a textured ground, so that old, current and future
-classes meet in one picture. A class is a silhouette with a texture. Colours are random for every object and for the
-ground, so that colour alone gives nothing away; each silhouette and nearly each texture belongs to two or more classes,
-so that neither is enough alone. A border of one or two pixels around objects is ignored (255), as in VOC.
+Every picture shows two to four objects of different classes on a textured background, so that old, current and future
+classes occur in one picture. A class is a silhouette with a texture. The colours of objects and background are random and do
+not depend on the class. Each silhouette and nearly each texture belongs to two or more classes, so that a class can only be
+recognised by both. A border of one or two pixels around objects is ignored (255), as in VOC.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_SIZE = 128
 
 
 def _inside(silhouette: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed depth in a silhouette of radius 1, positive inside, in the rotated frame (x, y)."""
+    """Signed distance to the edge of a silhouette of radius 1, positive inside, at the rotated coordinates (x, y)."""
     if silhouette == "disk":
         return 1 - np.hypot(x, y)
     if silhouette == "square":
@@ -43,7 +43,7 @@ def _inside(silhouette: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _texture(texture: str, x: np.ndarray, y: np.ndarray, dark: bool) -> np.ndarray:
-    """Where a texture of period 1 is dark: half of it, so that the mean colour says nothing; all or nothing of a solid."""
+    """Where a texture of period 1 is dark: on half of its area, so that all textures have the same mean colour; "solid" is uniform."""
     if texture == "solid":
         return np.full(x.shape, dark)
     if texture == "barred":
@@ -68,7 +68,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background (size, size, 3) float32: two colours mixed by a smooth random wave, as fields and skies are."""
+    """A background (size, size, 3) float32: two colours mixed by a smooth random wave."""
     rows, columns = _grid(size)
     angles, periods = rng.uniform(0, math.tau, 2), rng.uniform(0.3, 1.5, 2) * size
     wave = sum(np.sin((rows * math.sin(a) + columns * math.cos(a)) * (math.tau / p)) for a, p in zip(angles, periods))
@@ -102,7 +102,7 @@ def _draw_object(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, 
 
 
 def _plan(seed: int, index: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
-    """What a scene shows: its generator, the classes of its objects and the quarter each one is drawn in."""
+    """Contents of a scene: its random generator, the classes of its objects, and the quarter of the picture of each object."""
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     count = int(rng.integers(2, 5))
     classes = 1 + rng.permutation(len(CLASSES) - 1)[:count]
@@ -147,11 +147,11 @@ class ShapesSource:
         return draw(self.seed, index, self.size)
 
     def files(self, index: int) -> tuple[str, ...]:
-        """A name for the scene: there is no file."""
+        """A name that stands for the scene in messages, as there is no file."""
         return (f"shapes/{self.split}/{index}",)
 
     def presence(self) -> np.ndarray:
-        """(N, 256) bool from the plans of the scenes: objects never cover each other, so nothing has to be drawn."""
+        """(N, 256) bool from the plans of the scenes, without drawing them: objects never cover each other."""
         shown = np.zeros((self.count, 256), dtype=bool)
         shown[:, [0, IGNORE]] = True
         for index in range(self.count):

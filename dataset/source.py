@@ -14,7 +14,7 @@ from dataset.shared_texts import SharedTexts
 from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-#: A scan of fewer masks than this is not worth a line in the log.
+#: Scans of fewer masks than this are not logged.
 _SILENT = 500
 
 
@@ -25,7 +25,7 @@ class FileSource:
         layout: where the files are.
         root: `--data_root`.
         train: the training split, or the validation split.
-        problems: takes a sentence for each entry of the split that cannot be used; None: they are errors.
+        problems: a list to which a sentence is added for each entry of the split that cannot be used; None: such an entry raises.
 
     Raises:
         UserError: the split is missing or empty, or has entries that cannot be used.
@@ -51,7 +51,7 @@ class FileSource:
         return len(self._domains)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that is damaged."""
+        """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file if one of them is damaged."""
         return read_pair(*self.files(index))
 
     def files(self, index: int) -> tuple[str, str]:
@@ -72,7 +72,7 @@ class FileSource:
         return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
 
     def domains(self) -> np.ndarray:
-        """(N, 256) bool: the domain of each image, without a look at the files."""
+        """(N, 256) bool: the domain of each image, without reading the files."""
         shown = np.zeros((len(self), 256), dtype=bool)
         shown[np.arange(len(self)), self._domains] = True
         return shown
@@ -87,10 +87,11 @@ class FileSource:
         return shown
 
     def inspect(self, indices: np.ndarray, decode: bool = False) -> tuple[np.ndarray, list[str]]:
-        """Reads the masks and the headers of the images (with `decode`, whole images) of some samples.
+        """Read the masks and the headers of the images (with `decode`, whole images) of some samples.
 
         Returns:
-            (M, 256) bool, the class ids each mask shows, none for one with a problem; the M problems, "" for none.
+            (M, 256) bool, the class ids that each mask shows, all False for a sample with a problem; and M texts, the problem of each
+            sample or "".
         """
         pairs = [self.files(index) for index in indices]
         found = inspect(pairs, frozenset(np.flatnonzero(self.class_table >= 0).tolist()), decode)

@@ -15,7 +15,7 @@ from utils.checkpointing.store import Store
 from utils.errors import UserError
 from utils.runtime import distributed
 
-#: Given a function that makes a data set of training images by their indices, the data sets of a replay memory.
+#: Maps a function, which makes a data set of the training images with given indices, to the data sets of a replay memory.
 Replay = Callable[[Callable[[Sequence[int]], SegmentationSet]], list[SegmentationSet]]
 
 
@@ -51,8 +51,8 @@ class StepData:
         opts: options of the step.
         task: the step.
         device: where the batches go.
-        replay: the method's `replay`, which extends the training set by a memory of earlier steps; None for a test, for which it
-            does not matter how many training images there are.
+        replay: the method's `replay`, which extends the training set by a memory of earlier steps; None for a test, which accepts
+            any number of training images.
 
     Attributes:
         batches: of the training set.
@@ -80,5 +80,5 @@ class StepData:
         )
 
     def files_of_batch(self, number: int) -> list[str]:
-        """Files of a batch of the epoch under way, of all processes."""
+        """Files of a batch of the current epoch, of all processes."""
         return [name for names in distributed.gather_objects(self.batches.files(number)) for name in names]

@@ -1,8 +1,9 @@
 """Task: which classes each step learns. The only part of the program that knows the incremental protocol.
 
-A task is an ordered partition of (some of) a data set's classes. Step 0 learns the base classes, background 0 first
-among them, each later step its own. Inside the program a class is known by its position in the order of learning; the
-look-up tables of `Task.label_table` lead there from the ids of the data set. The official tables are in tasks.json.
+A task is an ordered partition of the classes of a data set, or of some of them. Step 0 learns the base classes, the first of
+which is background 0; each later step learns further classes. Inside the program a class is its position in the order of
+learning; the look-up tables of `Task.label_table` map the ids of the data set to these positions. The official tasks are in
+tasks.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from utils.options.spelling import suggestion
 from utils.types import IGNORE
 
 OFFLINE = "offline"
-#: What survives in the labels of a training step (`--data_masking`), and the labels of a test.
+#: Which classes the labels of a training step keep (`--data_masking`), and the labels of a test.
 LABEL_KINDS = ("current", "current+old", "new", "test")
 
 _TABLES = Path(__file__).with_name("tasks.json")
@@ -35,7 +36,7 @@ class Task:
     """One step of a class-incremental (or, with `domain`, a domain-incremental) task.
 
     Class ids are those of the data set. In a domain-incremental task the ids of the steps are domains (cities), the
-    labels are the same `domain_labels` ones at every step, and no label is a background that others hide in.
+    `domain_labels` labels are the same at every step, and no label is a background that contains other classes.
 
     Attributes:
         dataset: name of the data set, a key of `dataset.DATASETS`.
@@ -164,7 +165,7 @@ def _tables() -> dict[str, Any]:
     return json.loads(_TABLES.read_text(encoding="utf-8"))
 
 
-#: Data sets whose number of classes is in tasks.json; for others `load` must be told.
+#: Data sets whose number of classes is in tasks.json; for others it is an argument of `load`.
 KNOWN = tuple(_tables())
 
 
@@ -173,7 +174,7 @@ _NAMES_IN_PAPERS = {("voc", "15-1"): "15-5s", ("ade", "50-50"): "50"}
 
 
 def official_name(dataset: str, name: str) -> str:
-    """The official name of a task, from that or from its name in papers: "15-5s" for "15-1" on VOC."""
+    """The official name of a task, given that name or its name in papers, such as "15-5s" for "15-1" on VOC."""
     return _NAMES_IN_PAPERS.get((dataset, name), name)
 
 
@@ -194,7 +195,7 @@ def load(
 
     Args:
         dataset: name of the data set.
-        name: name of an official task; not looked at with a task file, which brings its own name.
+        name: name of an official task; ignored if there is a task file, which contains a name.
         step: the step to train.
         task_file: JSON, `{"name": "pets", "steps": {"0": [0, 8, 10, 12], "1": [13], "2": [17, 15]}}`, or only the
             steps, as an object or as a list of lists. Every id at most once; 0 stands first in step 0 (in
@@ -225,7 +226,7 @@ def load(
 
 
 def _read_task_file(path: Path, classes: int, domain: bool) -> tuple[str, tuple[tuple[int, ...], ...]]:
-    """Name and steps of a task file; every refusal names the file and the value."""
+    """Name and steps of a task file; every UserError names the file and the value."""
     with path.open("rb") as stream:
         raw = stream.read(_MAX_TASK_FILE + 1)
     if len(raw) > _MAX_TASK_FILE:
@@ -251,7 +252,7 @@ def _read_task_file(path: Path, classes: int, domain: bool) -> tuple[str, tuple[
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: the parser would silently keep only the last of two equal ones."""
+    """A JSON object without equal keys, of which the standard parser would silently keep the last one."""
     unique: dict[str, Any] = {}
     for key, value in pairs:
         if key in unique:
@@ -278,7 +279,7 @@ def _as_list(path: Path, steps: Any) -> list[Any]:
 
 
 def _check_steps(path: Path, steps: Sequence[Any], classes: int, domain: bool) -> tuple[tuple[int, ...], ...]:
-    """The steps as tuples, if every id is one of the data set's, none twice and background where it belongs."""
+    """The steps as tuples, checked: every id is in the data set and occurs once, and background 0 stands first in step 0."""
     home: dict[int, int] = {}
     for number, ids in enumerate(steps):
         if not isinstance(ids, list) or not ids:

@@ -1,11 +1,11 @@
 """Joint transforms of an image and its mask: the official ones, by the kernels of torchvision.transforms.v2.
 
-All geometry is done on uint8 tensors before the conversion to float: that is a quarter of the memory traffic, and the
-uint8 kernels agree with Pillow's, which the official program uses. Images are resized bilinearly with antialiasing; a
-colour differs from Pillow's by at most 1 of 255. Masks are resized to exactly the labels of Pillow's NEAREST at every
+Images and masks are resized, cropped and flipped as uint8 tensors, before the conversion to float. That moves a quarter of
+the bytes, and the uint8 kernels agree with Pillow's, which the official program uses. Images are resized bilinearly with
+antialiasing; a colour differs from Pillow's by at most 1 of 255. Masks get exactly the labels of Pillow's NEAREST at every
 size (`nearest_positions`), for training and for evaluation: torchvision's NEAREST_EXACT chooses another pixel where a
-position falls on the border between two, which is 0.2 to 0.4 % of the pixels at some sizes. No transform here ever pads:
-a random crop lies within the image, and the centre crop follows a resize of the short side to the same size.
+position is on the border between two, which is 0.2 to 0.4 % of the pixels at some sizes. No transform pads: a random crop
+is inside the image, and the centre crop follows a resize of the short side to the same size.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def denormalise(image: Tensor) -> Tensor:
 
 
 def nearest_positions(length: int, size: int) -> np.ndarray:
-    """Pixels that Pillow's NEAREST takes from an axis.
+    """Positions of the pixels that Pillow's NEAREST takes along an axis.
 
-    Position i is floor((i + ½)·length/size). Pillow adds length/size up in double precision from one position to the
-    next, so the rounding of the sum decides where the exact value is an integer; this function adds in the same order.
+    Position i is floor((i + ½)·length/size). Pillow adds length/size in double precision from one position to the next. Where
+    the exact value is an integer, the rounding of this sum decides; this function therefore adds in the same order.
 
     Args:
         length: pixels of the axis.
@@ -109,7 +109,7 @@ class EvalTransform:
 
 
 class FullImage:
-    """The image as it is (`--crop_val` turns the crop off): sizes differ, so the loader takes them one by one."""
+    """The whole image (`--crop_val` crops instead). Images differ in size, so the loader makes batches of one."""
 
     def __call__(self, image: Tensor, mask: Tensor) -> Pair:
         """Image (3, H, W) and mask (H, W) uint8, unchanged."""

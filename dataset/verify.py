@@ -1,4 +1,4 @@
-"""Whether a data set on disk is complete: what the scripts/prepare_*.py have in common."""
+"""The check that a data set on the disk is complete, which the scripts/prepare_*.py share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
-    """Reads every mask and the header of every image of a data set, and prints what each split has.
+    """Read every mask and the header of every image of a data set, and print the counts of each split.
 
     Args:
         name: `--dataset`.
@@ -22,7 +22,7 @@ def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
         official: numbers of training and validation images of the published data set.
 
     Returns:
-        a sentence for everything that is not as it should be.
+        A sentence for each difference from the published data set and for each file that cannot be used.
     """
     layout, problems = DATASETS[name], list[str]()
     assert layout is not None, "the embedded data set has no files"
@@ -39,7 +39,7 @@ def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
 
 
 def run(work: Callable[[], list[str]]) -> int:
-    """Runs a script's work and says how it ended: exit status 0, 1 with problems, 2 with an error."""
+    """Run the work of a script and print its problems; the exit code: 0, 1 with problems, 2 after a user's error."""
     try:
         problems = work()
     except (UserError, OSError) as error:

@@ -27,7 +27,7 @@ class Voc(Layout):
     )  # fmt: skip
 
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
-        """Pairs of splits/train_aug.txt or splits/val.txt; the leading "/" of a path means the folders above."""
+        """Pairs of splits/train_aug.txt or splits/val.txt, whose paths start with "/" and are relative to the folders above."""
         base = root / "PascalVOC12"
         split = base / "splits" / f"{self.split_names[0 if train else 1]}.txt"
 
