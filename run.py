@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Read the command line; what is wrong with it is said by one process of a machine."""
+    """Read the command line; only the first process of a machine prints its errors."""
     if distributed.first_here():
         return argparser.parse(given(argv))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
@@ -121,7 +121,7 @@ def run(opts: Namespace) -> None:
                 faults += check_data(step_opts, task)
             else:
                 StepRun(step_opts, task, device, stop).go()
-                gc.collect()  # networks and optimiser lie in circles of references: the next step needs their memory
+                gc.collect()  # frees networks and optimiser, which reference each other, before the next step
     if faults := list(dict.fromkeys(faults)):
         raise distributed.SharedError(
             f"--check_data found {len(faults)} faults; mend or remove these:\n" + "\n".join(faults)
@@ -218,7 +218,7 @@ class StepRun:
                     f"step {self.task.step} of {self.task.name} is finished: {self.store.finished(self.task.step)}"
                 )
                 return
-            # The main process scans the files first, the others then find its cache.
+            # The main process scans the files first; the others then read its cache.
             distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
             if not plan.test_only and self.task.step == self.opts.step[0] > 0:
                 self._record_previous()
@@ -234,12 +234,12 @@ class StepRun:
     # ------------------------------------------------------------- before work
 
     def _claim(self) -> FileLock | None:
-        """Refuse what could not be finished or would disturb another run; the lock on the step, for a training."""
+        """Check that the outputs can be written, and lock the step unless it is only tested."""
         self.store.check_writable(self.opts.results, self.opts.logdir)
         return None if self.opts.test else self.store.lock()
 
     def _plan(self) -> Plan:
-        """What `--test` and `--resume` leave to do."""
+        """What is to be done, given `--test`, `--resume` and the files of earlier runs."""
         if self.opts.test or not self.opts.resume:
             return Plan(test_only=self.opts.test)
         if self.store.interrupted():
@@ -252,7 +252,7 @@ class StepRun:
         return Plan(finished=recorded, test_only=True)
 
     def _record_previous(self) -> None:
-        """Record the scores of the steps before the first one of this run: without them old and average would be wrong."""
+        """Record the scores of the steps before the first step of this run, which the average over steps needs."""
         before = self.task.at(self.task.step - 1)
 
         def known() -> tuple[str, bool]:
@@ -271,7 +271,7 @@ class StepRun:
             seed_everything(self.opts.random_seed)  # as before the test, which drew random weights
 
     def _continue_date(self, previous: Mapping[str, Any]) -> None:
-        """The results of a task that runs past midnight stay in the file of its first step."""
+        """Take over the date of the previous checkpoint, so that the results of all steps of a task are in one file."""
         if "date" not in self.opts.explicit:
             self.opts.date = previous.get("options", {}).get("date", self.opts.date)
 
@@ -295,7 +295,7 @@ class StepRun:
             data.batches.close()
 
     def _load_tested(self, method: methods.Method) -> tuple[StepData, dict[str, Any], SegmentationModel]:
-        """Data, checkpoint and network of a test."""
+        """Load the data, the checkpoint and the network of a test."""
         opts, task = self.opts, self.task
         path = Path(opts.ckpt) if opts.ckpt else self.store.finished(task.step)
         state = self.store.load_tested(path)
@@ -328,7 +328,7 @@ class StepRun:
             data.batches.close()
 
     def _prepare(self, method: methods.Method, resumed: bool) -> Prepared:
-        """Networks and data of a training, and what an interrupted run left."""
+        """Load the networks, the data and the state of an interrupted run."""
         task, opts = self.task, self.opts
         previous: dict[str, Any] = {}
         teacher = None
@@ -382,14 +382,14 @@ class StepRun:
         trainer.load_state_dict(unfinished["state"])
         epochs = self.opts.epochs
         place = f"epoch {trainer.epoch + 1}/{epochs}, iteration {trainer.iteration + 1}/{trainer.iterations_per_epoch}"
-        if trainer.epoch == epochs:  # stopped in the validation that follows
+        if trainer.epoch == epochs:  # it was stopped in the validation after the last epoch
             place = f"the end of epoch {epochs}/{epochs}"
         self.log.info(f"resumed step {self.task.step} at {place}")
 
     def _prepare_outputs(self, trainer: Trainer, fresh: bool) -> None:
-        """Refuse outputs that would fail at the end of the step, then open them."""
+        """Check that the outputs can be written, then open them, so that the end of the step does not fail."""
         network, kept = trainer.network, (trainer.method.state_dict(), trainer.balancer.state_dict())
-        # The parameters stand for their momenta
+        # The momenta have the sizes of the parameters
         self.store.require_space(checkpoint_files.size([network.state_dict(), *network.parameters(), *kept]))
         results.check(self.opts, self.task, self.origin)
         self._open_log(0 if fresh else trainer.total_iterations)

@@ -44,7 +44,7 @@ class SegmentationModel(nn.Module):
         self.head = head
         self.cls = classifiers
         self._frozen: list[nn.Module] = []
-        #: Weights that a checkpoint may lack; they then keep their start.
+        #: Names of weights that may be missing in a checkpoint; they then keep their initial values.
         self.optional_names: set[str] = set()
 
     @property
@@ -57,15 +57,15 @@ class SegmentationModel(nn.Module):
 
         Args:
             images: the batch.
-            full_size: upsample the logits to the size of the images; without it `logits` is `logits_small`, which
-                spares passes that only serve feature distillation the largest tensor of all.
+            full_size: upsample the logits to the size of the images. Without it `logits` is `logits_small`: passes for feature
+                distillation alone need no logits of full size, the largest tensor.
         """
         body, attentions = self.body(images)
         pre_logits = self.head(body)
         small = self.cls(pre_logits)
         logits = small
         if full_size:
-            # Interpolated in half precision, close logits become equal, and arg-max takes the lower of two classes.
+            # Interpolation in half precision makes close logits equal, of which arg-max takes the class with the lower index.
             logits = upsample(at_least_float32(small), images.shape[2:])
         return Taps(logits, small, body, pre_logits, attentions, self.body.slope)
 
@@ -78,7 +78,7 @@ class SegmentationModel(nn.Module):
         return self
 
     def freeze(self, items: Iterable[nn.Module | nn.Parameter]) -> None:
-        """Take modules and parameters out of the training for good.
+        """Exclude modules and parameters from training permanently.
 
         Args:
             items: their parameters take no gradient from now on; norms in modules use and keep their running statistics, also
@@ -91,11 +91,11 @@ class SegmentationModel(nn.Module):
         self.train(self.training)
 
     def fix_bn(self) -> None:
-        """Freeze every norm for good: running statistics are used and kept, weights and biases take no gradient."""
+        """Freeze every norm permanently: it uses its running statistics and keeps them, and its weight and bias get no gradient."""
         self.freeze(_norms(self))
 
     def freeze_body(self) -> None:
-        """Take the body out of the training (`--freeze`): its parameters get no gradient."""
+        """Exclude the body from training (`--freeze`): its parameters get no gradient."""
         self.body.requires_grad_(False)
 
     def align_weight(self, reference: str) -> None:
@@ -123,7 +123,7 @@ def make_model(
         classes: channels of each step's classifier, background included in the first, such as [16, 5].
         pretrained: whether the body starts from ImageNet weights; None follows `--no_pretrained`. False where a
             checkpoint will be loaded anyway.
-        log: called with a line of text for each thing worth saying.
+        log: called with each line that is to be logged.
 
     Returns:
         The model on the CPU, in training mode.
@@ -190,7 +190,7 @@ def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any], wrap: W
         wrap: as in `build_network`.
 
     Returns:
-        The teacher on the CPU, without gradient, its norms folded into its convs: it computes the same in less time.
+        The teacher on the CPU, without gradients. Its norms are folded into its convs, which makes it faster.
     """
     store = Store(opts, task)
     teacher = build_network(opts, network_classes(opts, task.at(task.step - 1)), pretrained=False, wrap=wrap)
@@ -201,7 +201,7 @@ def build_teacher(opts: Namespace, task: Task, previous: dict[str, Any], wrap: W
 def build_student(
     opts: Namespace, task: Task, previous: dict[str, Any], pretrained: bool, wrap: Wrap = keep_layers
 ) -> SegmentationModel:
-    """The model to be trained, with the weights of step t-1 and a new classifier as PyTorch starts it.
+    """The model to be trained, with the weights of step t-1 and a new classifier in PyTorch's default initialisation.
 
     Args:
         opts: network options, base_weights, ckpt, freeze.
@@ -234,7 +234,7 @@ def load_weights(
         model: takes the weights.
         weights: by parameter name, without the wrapper's prefix.
         path: where they come from, for messages.
-        strict: refuse missing and unexpected names; otherwise what fits is taken.
+        strict: refuse missing and unexpected names; otherwise the weights that fit are loaded.
         new_classifier: number of the classifier that these weights cannot have yet, or None.
 
     Raises:
@@ -258,12 +258,12 @@ def load_weights(
             )
     if spoilt := [name for name in own if name in weights and not bool(weights[name].isfinite().all())]:
         raise UserError(
-            f"{path} holds a network that went astray: {spoilt[0]} and {len(spoilt) - 1} more have values that are not finite; "
-            "train that step again, with a lower --lr"
+            f"{path} is the checkpoint of a training that diverged: {spoilt[0]} and {len(spoilt) - 1} more have values that are not "
+            "finite; train that step again, with a lower --lr"
         )
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
 def _alike(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether one weight can take the other's values; the types of floating numbers may differ."""
+    """Whether one tensor can be copied into the other: equal shapes, both floating or both not."""
     return mine.shape == theirs.shape and mine.is_floating_point() == theirs.is_floating_point()

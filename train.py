@@ -36,10 +36,10 @@ from utils.runtime.divergence import DivergenceWatch, copy_to_cpu
 from utils.runtime.errors import NonFiniteLoss
 from utils.runtime.signals import Stopped
 
-#: Counts the changes after which a run continued from an older state would not go on exactly: such states are refused.
+#: Version of the state. It is increased by a change after which a run could not be continued exactly; other versions are refused.
 STATE_VERSION = 4
 
-#: What helps against most losses that diverge or are not finite.
+#: Remedy in messages about a loss that diverges or is not finite, unless the method has its own.
 REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 
@@ -96,21 +96,21 @@ class Trainer:
         return [PhaseRun(phase, self.context, self.iterations_per_epoch, self.history) for phase in phases]
 
     def _wrap(self) -> None:
-        """Compile the networks where asked for, and wrap the student for several processes."""
+        """Compile the networks (`--compile`), and wrap the student if there are several processes."""
         if self.opts.compile:
             if self.teacher is not None:
                 self.teacher = cast(nn.Module, torch.compile(self.teacher))
             if not self.balancer.needs_partial_backward:
                 self.model = cast(nn.Module, torch.compile(self.model))
         if distributed.active():
-            # Synchronised norms keep equal statistics by themselves; the others follow the main process, as in the official runs.
+            # Synchronised norms have equal statistics on all processes; other norms take those of the main process, as officially.
             follow_main = self.network.body.own_norms or not self.opts.norm_act.startswith("iabn_sync")
             self.model = distributed.wrap(self.model, self.device, follow_main)
 
     # -------------------------------------------------------------- training
 
     def fit(self, batches: TrainingBatches, val_loader: EvaluationBatches | None, save: Callable[[], None]) -> None:
-        """Train to the end of the last epoch and the last phase, from wherever the trainer stands.
+        """Train from the current position to the end of the last epoch and the last phase.
 
         Args:
             batches: of the training set.
@@ -165,13 +165,13 @@ class Trainer:
         return self._end_epoch()
 
     def trial(self, batches: TrainingBatches) -> None:
-        """Run one batch forward and backward, and leave everything as it was: does it fit into the memory?
+        """Run one batch forward and backward to test whether it fits into the memory; the state is restored.
 
         Args:
             batches: the first one is taken.
 
         Raises:
-            RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` makes a sentence of it.
+            RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` turns this into a UserError.
         """
         images, labels = next(iter(batches))
         images = images.to(self.device, self.dtype, memory_format=self.layout)
@@ -197,7 +197,7 @@ class Trainer:
 
     @torch.no_grad()
     def _restore_buffers(self, buffers: list[Tensor]) -> None:
-        """Undo what a forward pass did to the running statistics of the norms."""
+        """Restore the running statistics of the norms to their values before a forward pass."""
         for buffer, value in zip(self.network.buffers(), buffers):
             buffer.copy_(value)
 
@@ -222,7 +222,7 @@ class Trainer:
         loss = self.balancer.combine(terms, self.precision.gradient_scale)
         penalties = self.method.penalties(self.network)
         values = self._agree(sum(penalties.values(), start=loss.detach()), terms | penalties)
-        batch.release_taps()  # what the backward pass does not need makes room for it
+        batch.release_taps()  # frees memory for the backward pass
         del terms
         if not all(math.isfinite(value) for value in values.values()):
             self._restore_buffers(buffers)
@@ -240,7 +240,7 @@ class Trainer:
         return values
 
     def _agree(self, total: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Average the losses over processes, and learn in the same message whether any of them was asked to stop."""
+        """Average the losses over processes; the same message says whether any process got a stop request."""
         vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), total)])  # n
         vector = torch.cat([vector, vector.new_tensor([float(self.context.stop.signum)])])  # n+1
         *values, asked = distributed.mean_(vector).tolist()
@@ -259,18 +259,18 @@ class Trainer:
         if self.skipped <= self.opts.skip_nonfinite:
             self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}")
             return
-        if self.divergence.values:  # no batch is to blame, and no other term than the one that grew first
+        if self.divergence.values:  # the cause is the term that grew first, not this batch
             remedy = self.method.remedy(self.divergence.values) or REMEDY
             raise NonFiniteLoss(f"non-finite loss after it diverged, at {where}; {remedy}")
         remedy = self.method.remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
         raise NonFiniteLoss(f"non-finite loss at {where}; {remedy}")
 
     def _warn_of_divergence(self, values: dict[str, float], buffers: list[Tensor]) -> None:
-        """Say it once in a step, and keep the state before this iteration for the case that the loss is not finite soon."""
+        """Warn once per step, and keep the state before this iteration, which is saved if the loss becomes NaN or infinite."""
         before = dict(zip((name for name, _ in self.network.named_buffers()), buffers))
         state = self.state_dict()
         before = {name: value for name, value in before.items() if name in state["model"]}
-        # The backward pass needs the buffers as the forward pass left them, so only the copy takes the old ones
+        # The backward pass needs the buffers after the forward pass, so only the copy gets the earlier values
         self.divergence.state = copy_to_cpu(state | {"model": state["model"] | before})
         if not self.divergence.warned:
             self.divergence.warned = True
@@ -394,13 +394,13 @@ class Trainer:
         return predictions
 
     def _share_buffers(self) -> None:
-        """Norm statistics that are not synchronised differ between processes: the main process's are evaluated."""
+        """Give all processes the norm statistics of the main process, for norms that are not synchronised."""
         distributed.broadcast_(list(self.network.buffers()))
 
     # ----------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact continuation needs; call it on all processes."""
+        """Everything that is needed to continue exactly; must be called on all processes."""
         return {
             "version": STATE_VERSION,
             "model": self.network.state_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Keeps a class that is neither present nor predicted from dividing by zero, as in the official programs.
+#: Added to denominators, which are 0 for a class that is neither present nor predicted; as in the official programs.
 EPSILON = 1e-6
 
 
@@ -14,7 +14,7 @@ class StreamSegMetrics:
 
     Args:
         num_classes: C, number of classes seen so far.
-        device: where labels and predictions live.
+        device: of labels and predictions.
 
     Reference: the scores of the official programs (MiB, PLOP, LSKD): the mean IoU runs over the classes that occur in the
     ground truth, and the class scores of absent classes are None here ("X" in the official table).
@@ -38,7 +38,7 @@ class StreamSegMetrics:
         classes = self.num_classes
         labels = labels.reshape(-1).to(torch.int64)  # B·H·W
         predictions = predictions.reshape(-1).to(torch.int64)  # B·H·W
-        # Ignored pixels fall into one extra bin, which costs less than selecting the others.
+        # Ignored pixels are counted in one extra bin, which is faster than selecting the others.
         counted = (labels >= 0) & (labels < classes)
         pairs = torch.where(counted, labels * classes + predictions, classes * classes)
         counts = torch.bincount(pairs, minlength=classes * classes + 1)[: classes * classes]

@@ -1,6 +1,6 @@
-"""What papers report of a run: the mIoU of old, of new and of all classes after each step, and its average over the steps.
+"""The scores that papers report of a run: the mIoU of old, of new and of all classes after each step, and its average over the steps.
 
-Every table, file and line of the program takes these figures from here. A figure has the unit of the IoUs it is computed from.
+All tables, files and messages of the program use these functions. The results have the unit of the IoUs that they are computed from.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def require_complete(steps: Iterable[int], source: object) -> None:
     present = sorted(steps)
     if missing := missing_steps(present):
         raise UserError(
-            f"{source} has scores of the steps {', '.join(map(str, present))}, of which no average and no old classes can be told: "
+            f"{source} has scores of the steps {', '.join(map(str, present))}, too few for the average and the old classes: "
             f"{how_to_complete(missing)}"
         )
 

@@ -1,4 +1,4 @@
-"""The backbones: what `--backbone` can name. A new one is a subclass of `Body` in a file of its own, and one line here."""
+"""The values of `--backbone`. A new backbone is a subclass of `Body` in its own file, and one line in `BACKBONES`."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Body(nn.Module):
         out_channels: channels of the last map.
         slope: negative slope of the activation between a tap and the map behind it: 0 for a ReLU, 1 where nothing follows the tap.
             Methods that need the activated taps compute them with it.
-        own_norms: the norms are the body's own, and it ignores `--norm_act`. Files of pretrained weights then have no norm in their
-            name, and their scales are taken as they are. With several processes, running statistics follow the main process.
+        own_norms: the body has its own norms and ignores `--norm_act`. Files of pretrained weights then have no norm in their
+            name, and their scales are not converted. With several processes, all take the running statistics of the main process.
     """
 
     out_channels: int

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-#: How the logits of several background modes become one; each maps (B, K, h, w) to (B, 1, h, w).
+#: How the logits of several background modes are combined; each function maps (B, K, h, w) to (B, 1, h, w).
 FUSIONS = {
     "sum": lambda modes: modes.sum(1, keepdim=True),
     "mean": lambda modes: modes.mean(1, keepdim=True),
@@ -20,7 +20,7 @@ FUSIONS = {
     "softmax": lambda modes: (modes.softmax(1) * modes).sum(1, keepdim=True),
 }
 
-#: Bias of a background mode that no maximum and no softmax will pick again.
+#: Bias of a removed background mode: so low that neither the maximum nor the softmax selects it.
 _SILENT = -1e4
 
 
@@ -102,12 +102,12 @@ class Classifiers(nn.ModuleList):
 
     @torch.no_grad()
     def init_balanced(self) -> None:
-        """Start the new classes from the background, whose probability they share from now on.
+        """Initialise the new classes from the background and divide its probability equally among it and them.
 
-        Every new class takes the background's weight; its bias, and the background's too, become b - ln(C_new + 1). The
-        sum of their probabilities then is what the background's was. With several modes the new classes take the linear
-        equivalent of the fusion (the sum of the modes, or their mean) and the shift is spread over the modes; cosine
-        classifiers have no bias, so only the weight is copied.
+        Every new class takes the background's weight. Its bias and that of the background become b - ln(C_new + 1), so that the
+        sum of their probabilities is the former probability of the background. With several modes the new classes take the
+        linear equivalent of the fusion (the sum of the modes, or their mean), and the shift is distributed over the modes.
+        Cosine classifiers have no bias; only the weight is copied.
 
         Reference: Cermelli et al., "Modeling the Background for Incremental Learning in Semantic Segmentation" (MiB),
             CVPR 2020, eq. 10 and 11.
@@ -122,15 +122,15 @@ class Classifiers(nn.ModuleList):
         Args:
             votes: (C_new, K) response of each mode to the pixels of each new class (`mode_votes` summed over the data).
             how: "max": the weight and bias of the mode with most votes; "softmax": the mean of all modes, weighted by
-                their votes. "max_init" and "softmax_init" then give the winning modes random weights again, and
-                "max_remove" and "softmax_remove" take them out of the background: else background and new class would
-                start out alike. One mode, the one with fewest votes, always stays. Every bias is lowered by
-                ln(C_new + 1) as in `init_balanced`.
+                their votes. "max_init" and "softmax_init" then give the winning modes new random weights, and "max_remove"
+                and "softmax_remove" remove them from the background; otherwise the background and a new class would have
+                equal weights. The mode with the fewest votes is always kept. Every bias is lowered by ln(C_new + 1) as in
+                `init_balanced`.
 
-        Reference: the official release names these choices without publishing a description; the rule is ours.
+        Reference: the official release names these choices without a description; the rule is defined here.
         """
         seen = votes.sum(1, keepdim=True) > 0
-        shares = torch.where(seen, votes, torch.ones_like(votes))  # a class without a pixel takes the mean
+        shares = torch.where(seen, votes, torch.ones_like(votes))  # a class without a pixel gets the mean of the modes
         winners = shares.argmax(1)
         if how.startswith("max"):
             picked = F.one_hot(winners, votes.shape[1]).to(votes.dtype)
@@ -189,7 +189,7 @@ class Classifiers(nn.ModuleList):
         return self[0].weight[: self.background_modes]
 
     def _start_from_background(self, shares: Tensor) -> None:
-        """New classes take Σ_k shares·mode_k; shares is (C_new or 1, K)."""
+        """Set the weights of the new classes to Σ_k shares·mode_k; shares is (C_new or 1, K)."""
         weights = self._background_weight()
         first, new = self[0], self[-1]
         new.weight.copy_(torch.einsum("nk,kchw->nchw", shares, weights).expand_as(new.weight))
@@ -201,7 +201,7 @@ class Classifiers(nn.ModuleList):
         background -= shift / (self.background_modes if self.fusion == "sum" else 1)
 
     def _reset_modes(self, modes: Tensor, silent: bool) -> None:
-        """Give background modes fresh random weights, or take them out of the fused background."""
+        """Give background modes new random weights, or (silent) remove them from the fused background."""
         weight, bias = self[0].weight, self[0].bias
         assert bias is not None, "cosine classifiers have one background mode"
         if not silent:
@@ -212,7 +212,7 @@ class Classifiers(nn.ModuleList):
             return
         weight[modes] = 0.0
         bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
-        if self.fusion == "mean":  # which divides by all modes: those that stay make up for the others
+        if self.fusion == "mean":  # the mean still divides by the number of all modes: the kept modes are scaled up
             share = self.background_modes / (self.background_modes - len(modes))
             weight.mul_(share)
             bias.mul_(share)

@@ -2,12 +2,12 @@
 
     v = leaky(mix(p, p')),   p = norm(conv x),   p' = norm_new(conv_new x)
 
-In training each channel is p, p' or their mean, by a draw for the whole batch (`shares`); in evaluation it is the mean, so
-that both branches are one affine map there. `merge` computes it into the old branch, which is frozen from then on.
+In training each channel is p, p' or their mean, chosen at random for the whole batch (`shares`). In evaluation it is the mean, which is
+an affine map of x. `merge` writes this map into the old branch, which is frozen from then on.
 
-Doubled are the 3×3 conv of a bottleneck (conv2), the first one of a basic block (conv1; the release has bottlenecks only) and the four
-parallel convs of the head. State dict names are those of the release: conv2_new, bn2_new, map_convs_new, map_bn_new, and from step 1 on
-the biases of the old branch.
+The 3×3 conv of a bottleneck (conv2), the first conv of a basic block (conv1; the release has bottlenecks only) and the four parallel
+convs of the head are doubled. State dict names are those of the release: conv2_new, bn2_new, map_convs_new, map_bn_new, and from step 1
+on the biases of the old branch.
 
 Reference: Zhang et al., "Representation Compensation Networks for Continual Semantic Segmentation", CVPR 2022, sections 3.2 and 3.3.
 """
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from modules.deeplab import DeeplabV3, xavier_
 from modules.norm import ABN, SLOPE
 
-#: Draws below the first number take the old branch, those from the second one on the mean, those between the new branch.
+#: A draw below the first number selects the old branch, a draw between the two the new branch, a higher draw the mean.
 BOUNDS = (0.33, 0.66)
 
 
 class Branch(NamedTuple):
-    """Parallel convs, whose concatenated outputs one norm follows."""
+    """Parallel convs, and the norm of their concatenated outputs."""
 
     convs: list[nn.Conv2d]
     norm: ABN
@@ -44,7 +44,7 @@ class Branch(NamedTuple):
 
 
 class TwoBranches(nn.Module):
-    """What the doubled layers have in common; a subclass keeps its layers under the official names.
+    """Base class of the doubled layers; subclasses name their layers as in the release.
 
     Attributes:
         share: (C,) part of the old branch in each channel in training: 1, 0 or ½.
@@ -87,9 +87,9 @@ class TwoBranches(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute the mean of both branches, as it is in evaluation, into the convs of the old one, whose norm then changes nothing.
+        """Write the mean of both branches in evaluation mode into the convs of the old branch, and make its norm the identity.
 
-        The new branch stays as it is. The products are taken in float64 and rounded once.
+        The new branch is not changed. The products are computed in float64 and rounded once.
         """
         old, new = self.branch(new=False), self.branch(new=True)
         sizes = [conv.out_channels for conv in old.convs]
@@ -104,7 +104,7 @@ class TwoBranches(nn.Module):
         neutralise(old.norm)
 
     def merge_into_one(self) -> None:
-        """Merge and drop the new branch: in evaluation the same function with half the convs."""
+        """Merge, then remove the new branch. In evaluation mode the layer computes the same as before."""
         if self.branch(new=False).convs[0].bias is None:
             self.add_biases()
         self.merge()
@@ -112,7 +112,7 @@ class TwoBranches(nn.Module):
 
     @torch.no_grad()
     def make_plain(self) -> None:
-        """Merge into one branch without biases of the convs: the weights are those of a layer that was never doubled."""
+        """Merge into one branch whose convs have no bias, so that the weights fit a layer that was never doubled."""
         eps = self.branch(new=True).norm.eps
         self.merge_into_one()
         convs, norm = self.branch(new=False)
@@ -139,9 +139,9 @@ def shares(draws: Tensor) -> Tensor:
 
 @torch.no_grad()
 def neutralise(norm: ABN) -> None:
-    """Make a norm in evaluation mode change nothing: weight 1, bias 0, mean 0, variance 1, eps 0.
+    """Make a norm the identity in evaluation mode: weight 1, bias 0, mean 0, variance 1, eps 0.
 
-    The eps is no part of a checkpoint. Whoever loads it has a norm that multiplies by sqrt(1 + 1e-5), as in the release.
+    The eps is not stored in a checkpoint. After loading one, the norm divides by sqrt(1 + 1e-5), as in the release.
     """
     norm.weight.fill_(1)
     norm.bias.zero_()
@@ -160,7 +160,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
     """The convs of a residual block, its first 3×3 conv doubled.
 
     Args:
-        convs: the `convs` of a `ResidualBlock`, whose layers move here; the new conv and norm start as copies of the old ones.
+        convs: the `convs` of a `ResidualBlock`. Its layers are used, not copied; the new conv and norm start as copies of the old ones.
     """
 
     def __init__(self, convs: nn.Sequential) -> None:
@@ -194,7 +194,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
             delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's path beside its shortcut, without its final activation."""
+        """The residual path of the block, without its final activation."""
         for name in self.before:
             x = getattr(self, name)(x)
         x = self.mixture(x)
@@ -204,7 +204,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
 
 
 class DoubledHead(TwoBranches, DeeplabV3):
-    """The DeepLabV3 head with its four parallel convs doubled; both branches start from draws of their own.
+    """The DeepLabV3 head with its four parallel convs doubled; both branches start from their own random weights.
 
     The arguments are those of `DeeplabV3`.
     """

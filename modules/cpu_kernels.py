@@ -1,6 +1,6 @@
-"""Faster ways for the CPU to compute what torch computes by one call; each stands behind that call (atrous.py, upsample.py).
+"""Faster CPU versions of calls to torch; the modules that use them (atrous.py, upsample.py) show the call to torch first.
 
-Values and gradients are those of the torch call, up to rounding. A GPU, whose own kernels are fast, uses the torch call.
+Values and gradients are those of the call, up to rounding. On a GPU the call to torch itself is used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 
 def atrous_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """`F.conv2d(x, weight, bias, 1, dilation, dilation)` that spends no work on taps which see nothing but padding.
+    """`F.conv2d(x, weight, bias, 1, dilation, dilation)` that skips the taps of the kernel which read padding alone.
 
-    On a map no larger than the dilation only the centre row (column) of the kernel ever meets the map: at 256 px and stride 16 the
-    widest conv of the head costs a ninth. Where the dilation is a good part of the map, the gradient of the weights is taken tap by tap
-    on the part of the map that the tap sees (`_SeenOnly`).
+    On a map no larger than the dilation only the centre row (column) of the kernel reads the map: at 256 px and stride 16 the conv of
+    the head with the largest dilation costs a ninth. Where the dilation is a large part of the map, the gradient of the weights is
+    computed for each tap on the part of the map that the tap reads (`_SeenOnly`).
 
     Args:
         x: (B, C, h, w).
@@ -42,7 +42,7 @@ def atrous_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int)
 
 
 def _mostly_padding(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """Whether products of the seen parts beat torch's gradient of the weights; half precision has its own."""
+    """Whether products over the parts that are read are faster than torch's gradient of the weights; not in half precision."""
     trained = torch.is_grad_enabled() and weight.requires_grad and bias is None
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
     wide = 8 * dilation >= 3 * min(x.shape[2:])  # where they are equally fast, by measurement
@@ -50,9 +50,9 @@ def _mostly_padding(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: in
 
 
 class _SeenOnly(torch.autograd.Function):
-    """A dilated 3×3 conv whose gradient of the weights looks at nothing but the map.
+    """A dilated 3×3 conv whose gradient of the weights leaves padding out.
 
-    torch's own multiplies padding too, and takes a hundred megabytes on the way.
+    torch's gradient multiplies padding too, and allocates a hundred megabytes temporarily.
     """
 
     @staticmethod
@@ -97,7 +97,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, dilation: int) -> Tensor:
 
 
 def _seen(size: int, dilation: int) -> Iterator[tuple[slice, slice]]:
-    """For each of three taps along a side: the outputs that see the map, and the inputs they see; dilation < size."""
+    """For each of the three taps along a side: the outputs for which it reads the map, and the inputs it reads; dilation < size."""
     for offset in (-dilation, 0, dilation):
         first, last = max(0, -offset), min(size, size - offset)
         yield slice(first, last), slice(first + offset, last + offset)
@@ -106,7 +106,8 @@ def _seen(size: int, dilation: int) -> Iterator[tuple[slice, slice]]:
 def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """`F.interpolate(logits, size=size, mode="bilinear", align_corners=False)` by two matrix products.
 
-    Linear in rows and in columns. It takes a third of the time of torch's forward pass and a tenth of its backward pass.
+    The interpolation is linear in rows and in columns. It takes a third of the time of torch's forward pass and a tenth of its backward
+    pass.
 
     Args:
         logits: (B, C, h, w), float32 or float64; half precision would be rounded between the two products.
@@ -123,5 +124,5 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def upsampling_matrix(small: int, large: int, dtype: torch.dtype) -> Tensor:
-    """(small, large) matrix: row i is what a unit at position i becomes under linear upsampling."""
+    """(small, large) matrix of linear upsampling: row i is the upsampled i-th unit vector."""
     return F.interpolate(torch.eye(small, dtype=dtype)[None], size=large, mode="linear", align_corners=False)[0]

@@ -15,12 +15,12 @@ from modules.deeplab import DeeplabV3
 from modules.norm import ABN
 from modules.residual import ResidualBlock
 
-#: Filters that are rescaled at once: the products in float64 of a whole conv would be the largest tensors of all.
+#: Filters that are rescaled at once: float64 products of a whole conv would be the largest tensors of the program.
 FILTERS_AT_ONCE = 32
 
 
 class Activation(nn.Module):
-    """What is left of a norm once its affine part has moved into the conv: the activation, in place."""
+    """Replaces a norm whose affine map was folded into the conv: the activation alone, in place."""
 
     def __init__(self, activation: str, slope: float) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Activation(nn.Module):
 
 
 def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
-    """A frozen network that computes the same without norms: a conv takes over the affine map of its norm.
+    """A frozen network without norms that computes the same: the affine map of every norm is folded into its conv.
 
     In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b. The two branches of a
     layer of RCIL become one.
@@ -41,7 +41,7 @@ def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
     Args:
         model: a network in evaluation mode whose parameters take no gradient. Norms are folded that follow their conv in an
             `nn.Sequential`, or stand beside it as `proj_conv`, `proj_bn`, or belong to a `DeeplabV3` head; others stay.
-        in_place: fold the given network instead of a copy, which spares the memory of a second set of weights.
+        in_place: fold the given network instead of a copy, which saves the memory of a second set of weights.
 
     Returns:
         The folded network, equal up to rounding. Its state dict is no longer the official one: do not save it.
@@ -63,7 +63,7 @@ def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
 
 
 def _fold_pair(parent: nn.Module, conv: str, norm: str) -> None:
-    """Fold the norm of that name into the conv of that name, if that is what they are."""
+    """Fold the norm of that name into the conv of that name, if the children are a norm and a conv."""
     first, second = getattr(parent, conv), getattr(parent, norm)
     if isinstance(first, nn.Conv2d) and isinstance(second, ABN):
         _fold([first], second)
@@ -93,7 +93,7 @@ def _fold(convs: Sequence[nn.Conv2d], norm: ABN) -> None:
 
 @torch.no_grad()
 def _affine(norm: ABN) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of an evaluation-mode norm, in float64: it costs nothing here and rounds once."""
+    """Scale and shift (C,) of an evaluation-mode norm, in float64, so that the result is rounded once."""
     scale = norm.scale().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
     return scale, norm.bias.double() - norm.running_mean.double() * scale
 

@@ -78,17 +78,16 @@ class InvertedResidual(nn.Module):
         y = self.convs(x)
         if not self.residual:
             return y
-        # In training the norm needs its output for the backward pass; without gradients the sum can take its place.
+        # In training the backward pass of the norm needs its output; without gradients the sum may overwrite it.
         return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
 class MobileNetV2(Body):
     """The body: a stem (mod1) and four stages (mod2 to mod5), named as those of `ResNet`.
 
-    A stage that may not halve the map drops its stride and dilates the convs after the one that had it: on every
-    other row and column the map then is the one that the classification network computes. (In `ResNet`, as in the
-    official program, the conv that had the stride is dilated too.) The convs keep PyTorch's own start, as those of
-    `ResNet` do.
+    In a stage that must not halve the map, the stride is replaced by a dilation of the convs after the strided one. On every
+    other row and column the map is then that of the classification network. (In `ResNet`, as in the official program, the
+    strided conv itself is dilated too.) The convs have PyTorch's default initialisation, as in `ResNet`.
 
     Args:
         norm: callable (num_features, activation) -> norm module.
@@ -134,8 +133,7 @@ class MobileNetV2(Body):
     def forward(self, images: Tensor) -> BodyOutput:
         """(B, 3, H, W) -> the last map (B, 320, h, w), and the four attentions: the stages' outputs.
 
-        The bottlenecks are linear, so nothing follows that an attention would have to precede: the last attention is
-        the last map itself.
+        The bottlenecks are linear: no activation follows a stage, and the last attention is the last map itself.
         """
         x = self.mod1(images)
         attentions = []
@@ -148,8 +146,8 @@ class MobileNetV2(Body):
     def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Rename a torchvision MobileNetV2's weights to the names of the body.
 
-        The ImageNet classifier (classifier.*) and its 1280-channel conv (features.18.*) are dropped; a name that is not
-        of a MobileNetV2 stays as it is, for the check against the body to refuse.
+        The ImageNet classifier (classifier.*) and its 1280-channel conv (features.18.*) are dropped. A name that is not one of
+        MobileNetV2 is kept; the check against the body then refuses it.
         """
         if "features.0.0.weight" not in state:
             return None

@@ -1,9 +1,8 @@
 """Batch norms fused with their activation: plain, in-place, and in-place with statistics over all processes.
 
 The in-place norms keep only their output for the backward pass and recover the normalised input from it, which halves
-the activation memory of norm + activation. The arithmetic here is native torch; where the `inplace_abn` package is
-installed and takes the tensors (CUDA, float32 or float16), the same classes call its kernels. This is the only module
-that imports it.
+the activation memory of norm + activation. They are computed by torch. If the `inplace_abn` package is installed and
+supports the tensors (CUDA, float32 or float16), the same classes call its kernels. No other module imports it.
 
 Reference: Rota Bulò et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", CVPR 2018,
 variant II: the gradient of the input is a function of the output alone.
@@ -37,7 +36,7 @@ SLOPE = 0.01
 
 
 class _Settings(NamedTuple):
-    """What the in-place function needs beside its three differentiable inputs."""
+    """The arguments of the in-place function that have no gradient."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -49,7 +48,7 @@ class _Settings(NamedTuple):
 
 
 def _one_value(x: Tensor) -> bool:
-    """Whether every channel holds a single value, of which no variance can be estimated."""
+    """Whether every channel has a single value, from which no variance can be estimated."""
     return x.numel() == x.shape[1]
 
 
@@ -66,7 +65,7 @@ def _normalise(x: Tensor, scale: Tensor, bias: Tensor, s: _Settings) -> tuple[Te
         out = F.batch_norm(x, s.running_mean, s.running_var, scale, bias, False, 0.0, s.eps)
         return out, torch.rsqrt(s.running_var + s.eps)
     if _one_value(x):
-        # The unbiased variance of one value is 0/0, so the running variance stays what it was.
+        # The unbiased variance of one value is 0/0, so the running variance is not updated.
         out, mean, inv_std = torch.native_batch_norm(x, scale, bias, None, None, True, s.momentum, s.eps)
         s.running_mean.lerp_(mean.to(s.running_mean.dtype), s.momentum)
         return out, inv_std
@@ -77,12 +76,12 @@ def _normalise(x: Tensor, scale: Tensor, bias: Tensor, s: _Settings) -> tuple[Te
 def _normalise_shared(x: Tensor, scale: Tensor, bias: Tensor, s: _Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of all processes: the affine output, 1/std (C,) and the number of values per channel (a tensor).
 
-    Every process sends count, means and sums of squared deviations, combined by the pairwise formula of Chan et al.
-    (1979): no difference of large squares, so it stays accurate for means far from zero.
+    Every process sends its count, means and sums of squared deviations. They are combined by the pairwise formula of Chan
+    et al. (1979), which subtracts no large squares and is therefore accurate for means far from zero.
     """
     channels = x.shape[1]
     kind = s.running_var.dtype
-    # The running statistics given here are a scratch copy; without them half inputs would yield half statistics.
+    # Copies of the running statistics, which the call overwrites; without them float16 inputs would give float16 statistics.
     mean, var = _aten.batch_norm_update_stats(x, s.running_mean.clone(), s.running_var.clone(), s.momentum)
     count = torch.full((1,), x.numel() // channels, dtype=torch.float64, device=x.device)
     local = torch.cat([count, mean.double(), var.double() * count])  # (1 + 2C,)
@@ -122,10 +121,10 @@ def _input_gradient(grad: Tensor, y: Tensor, sums: tuple[Tensor, ...], factors: 
 
 
 class _InPlaceABN(torch.autograd.Function):
-    """z = activation((x - mean)/std · (|weight| + eps) + bias), differentiated from z alone.
+    """z = activation((x - mean)/std · (|weight| + eps) + bias); the backward pass uses z alone.
 
-    With y = activation⁻¹(z), the normalised input is (y - bias)/(|weight| + eps): what the fused backward of batch norm
-    computes from an "input" y with "mean" bias and "1/std" 1/(|weight| + eps). So that kernel does the work.
+    With y = activation⁻¹(z), the normalised input is (y - bias)/(|weight| + eps). The fused backward kernel of batch norm computes the
+    same from an "input" y with "mean" bias and "1/std" 1/(|weight| + eps), so that kernel is called.
     """
 
     @staticmethod
@@ -170,7 +169,7 @@ class _InPlaceABN(torch.autograd.Function):
 
 
 class ABN(nn.BatchNorm2d):
-    """Batch norm followed by its activation, two plain torch operations.
+    """Batch norm followed by its activation, as two operations of torch.
 
     Parameters and buffers are those of `nn.BatchNorm2d`, which are also the official names. One value per channel (a
     pooled batch of one) is normalised to zero in training, instead of an exception.

@@ -18,7 +18,7 @@ from utils.checkpointing import checkpoint_files
 from utils.checkpointing.structure import IN_PLACE_NORMS, scales_in_place
 from utils.errors import UserError
 
-#: Norms that use the weight itself as their scale; those of `IN_PLACE_NORMS` use |weight| + eps.
+#: Norms whose scale is the weight itself; the scale of `IN_PLACE_NORMS` is |weight| + eps.
 _PLAIN = ("abn", "std")
 
 _SOURCES = (
@@ -33,10 +33,10 @@ def load_backbone(body: Body, backbone: str, norm: str, source: str | None, log:
     Args:
         body: that of the backbone.
         backbone: its name, such as "resnet101".
-        norm: its norm, a key of `modules.norm.NORMS`; without meaning for a body with norms of its own.
-        source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm of the same meaning; for a body with
-            norms of its own pretrained/<backbone>.pth.tar), "torchvision" for torchvision's weights (IMAGENET1K_V1,
-            downloaded once into torch's cache), or a file in the body's naming or in torchvision's.
+        norm: its norm, a key of `modules.norm.NORMS`; ignored for a body with its own norms.
+        source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm with the same scale; for a body with
+            its own norms pretrained/<backbone>.pth.tar), "torchvision" for torchvision's weights (IMAGENET1K_V1,
+            downloaded once into torch's cache), or a file with the names of the body or of torchvision.
         log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
 
     Raises:
@@ -93,7 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
-    """Name and state dict of torchvision's ImageNet weights; V1, the ones its own segmentation models start from."""
+    """Name and state dict of torchvision's ImageNet weights, version 1, from which its segmentation models start."""
     from torchvision import models
 
     known = backbones.find(backbone).torchvision
@@ -136,10 +136,10 @@ def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:
 
 
 def _reexpress_scales(state: dict[str, Tensor], body: nn.Module, source_in_place: bool, in_place: bool) -> None:
-    """Rewrite norm weights so that the network computes the same where source and body read them differently.
+    """Convert the weights of norms if the scale of the source's norms is defined otherwise than that of the body's norms.
 
-    In-place norms scale by |weight| + eps, plain ones by the weight. A negative plain scale is moved into the conv in
-    front of the norm (the filter and the running mean change sign), which leaves the function as it was.
+    In-place norms scale by |weight| + eps, plain ones by the weight. The sign of a negative plain scale is moved into the conv
+    before the norm (the filter and the running mean change sign), so that the network computes the same.
     """
     if source_in_place == in_place:
         return

@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
         """(B, in_channels, H, W) -> (B, channels[-1], H/stride, W/stride), before the final activation."""
         shortcut = x if self.proj_conv is None or self.proj_bn is None else self.proj_bn(self.proj_conv(x))
         y = self.convs(x)
-        # In training the norm needs its output for the backward pass; without gradients the sum can take its place.
+        # In training the backward pass of the norm needs its output; without gradients the sum may overwrite it.
         return y + shortcut if torch.is_grad_enabled() else y.add_(shortcut)
 
 
@@ -72,6 +72,6 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for block in self:
             attention = block(x)
-            # Nothing keeps the sum of an inner block, so its activation may overwrite it; distillation keeps the last.
+            # The activation of an inner block overwrites the sum, which nothing else reads; distillation reads the last sum.
             x = F.leaky_relu(attention, SLOPE, inplace=block is not self[-1])
         return x, attention
