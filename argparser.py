@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from dataset.tasks import Task
 from modules.backbones import BACKBONES
 from utils import scheduler
 from utils.errors import UserError
-from utils.options import checks
+from utils.options import checks, config
 from utils.options.flags import OFFICIAL_METHODS
 from utils.options.groups import add_switch, option_group
 from utils.options.rules import Rules
@@ -90,7 +92,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is left in the namespace then stood on the command line
-    given = vars(parser.parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = vars(parser.parse_args(words))
+    if given.get("config"):
+        given = vars(parser.parse_args([*_words_of_file(parser, given["config"]), *words]))
     if "task" in given:
         given["task"] = tasks.official_name(given.get("dataset", defaults["dataset"]), given["task"])
     preset, task_specific = _preset(defaults, given)
@@ -108,6 +113,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opts.local_rank = int(rank)
     opts.date = opts.date or date.today().isoformat()
     return opts
+
+
+def _words_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """The words that the file of `--config` stands for; its faults are those of the command line."""
+    try:
+        return config.words(config.load(Path(path)), parser, f"--config {path}")
+    except UserError as error:
+        parser.error(str(error))
 
 
 def check(opts: argparse.Namespace) -> None:
@@ -189,6 +202,7 @@ def _check_task(opts: argparse.Namespace) -> None:
 def _program(parser: argparse.ArgumentParser) -> None:
     group = option_group(parser, "program")
     add, switch = group.add_argument, partial(add_switch, group)
+    add("--config", default=None, help="YAML or JSON file of options by name; those of the command line win")
     add("--local_rank", "--local-rank", type=int, default=0, help="set by old launchers; LOCAL_RANK wins over it")
     add("--random_seed", type=int, default=42, help="seed of every random choice")
     add(

@@ -43,6 +43,7 @@ from utils.checkpointing.header import plain_options
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
 from utils.errors import UserError
+from utils.options import config
 from utils.options.spelling import given
 from utils.reporting import results, visualize
 from utils.reporting.context import Context
@@ -429,6 +430,9 @@ class StepRun:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)
         distributed.on_main(lambda: keep_pictures(self.opts, task, trainer.predict_each, self.log, iterations))
+        distributed.on_main(
+            lambda: config.write(results.csv_path(self.opts, task), self.opts, argparser.build_parser())
+        )
 
 
 if __name__ == "__main__":

@@ -98,19 +98,20 @@ class LayerSpecificDistillation(Part):
             "rge_alpha": (0, LARGE),
             "rge_beta": (0, LARGE),
             "rge_gamma": (0, LARGE),
+            "rge_interval": (1, 10**6),
         },
         requires=[("mask_rule", "--pod local", lambda o: o.pod == "local")],
         idle=[
             (
                 "--mask_rule (--sigmoid)",
                 lambda o: o.mask_rule is not None,
-                ["mcd_factor", "mcd_groups", "rge_alpha", "rge_beta", "rge_gamma", "tap_schemes"],
+                ["mcd_factor", "mcd_groups", "rge_alpha", "rge_beta", "rge_gamma", "rge_interval", "tap_schemes"],
             ),
             ("--mask_rule whc", lambda o: o.mask_rule == "whc", ["channel_rule"]),
         ],
         later=[
             *("tap_schemes", "mcd_factor", "mcd_groups", "mask_distance", "mask_rule", "channel_rule"),
-            *("rge_alpha", "rge_beta", "rge_gamma"),
+            *("rge_alpha", "rge_beta", "rge_gamma", "rge_interval"),
         ],
         check=check_masks,
     )
@@ -136,6 +137,8 @@ class LayerSpecificDistillation(Part):
         for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
             explained = f"gradient equilibrium: {what}"
             named(f"adaptive{letter}", f"rge_{letter}", type=float, default=0.5, help=explained)
+        often = "gradient equilibrium: iterations from one measurement of the gradients to the next"
+        add("--rge_interval", type=int, default=1, help=often)
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
@@ -225,7 +228,7 @@ class LayerSpecificDistillation(Part):
         ordered = sorted(specs, key=lambda spec: spec.name in of_taps)
         watched = model.watched_weights()
         opts, task = self.opts, self.task
-        coefficients = Coefficients(opts.rge_alpha, opts.rge_beta, opts.rge_gamma)
+        coefficients = Coefficients(opts.rge_alpha, opts.rge_beta, opts.rge_gamma, opts.rge_interval)
         dtype = torch.promote_types(watched["pre_logits"].dtype, torch.float32)
         return GradientEquilibrium(ordered, watched, coefficients, task.num_new / task.num_old, dtype)
 

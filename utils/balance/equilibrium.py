@@ -166,11 +166,17 @@ class _Measured:
 
 
 class Coefficients(NamedTuple):
-    """α, β and γ of L̃: exponent of ρ, order of the taps' weights, cross entropy against distillation."""
+    """How λ is balanced.
+
+    Attributes:
+        alpha, beta, gamma: of L̃: exponent of ρ, order of the taps' weights, cross entropy against distillation.
+        interval: iterations from one measurement of the gradients to the next.
+    """
 
     alpha: float
     beta: float
     gamma: float
+    interval: int = 1
 
 
 class GradientEquilibrium:
@@ -184,10 +190,13 @@ class GradientEquilibrium:
     the last sum over taps of increasing depth. Ḡ and ρ are constants to the gradient, G_i is linear in λ_i, so ∂L̃/∂λ has a closed
     form. λ belongs to the optimiser (weight decay included) and is rescaled to sum to the number of terms after every epoch.
 
+    With an interval N above 1, ℓ_i and mean(∂ℓ_i/∂W_i) are measured at every Nth iteration and held for the N − 1 that follow, which
+    need no partial backward passes; λ still moves in each. L_i(0) is then of the last measurement of epoch 0.
+
     Args:
         terms: in the order of λ.
         watched: W by tap.
-        coefficients: α, β, γ.
+        coefficients: α, β, γ, and the interval.
         class_ratio: C_new / C_old.
         dtype: of λ.
 
@@ -208,12 +217,13 @@ class GradientEquilibrium:
         self.terms = tuple(terms)
         self.names = tuple(term.name for term in self.terms)
         self.watched = [watched[term.tap] for term in self.terms]
-        self.alpha, self.beta, self.gamma = coefficients
+        self.alpha, self.beta, self.gamma, self.interval = coefficients
         self.class_ratio = class_ratio
         device = self.watched[0].device
         self.weights = nn.Parameter(torch.ones(len(self.terms), dtype=dtype, device=device))
         self.initial_losses = torch.zeros(len(self.terms), dtype=dtype, device=device)
         self.epoch = 0
+        self.iteration = 0
         self._group_rows = self._rows_of_groups(device)
         self._depth_pairs = self._pairs_of_depth(device)
         self._measured: _Measured | None = None
@@ -232,8 +242,15 @@ class GradientEquilibrium:
         rows = [row for _, row in chain]
         return torch.tensor([rows[:-1], rows[1:]], dtype=torch.int64, device=device).reshape(2, -1)
 
+    @property
+    def measures(self) -> bool:
+        """Whether this iteration measures the gradients, or takes those of an earlier one."""
+        return self._measured is None or self.iteration % self.interval == 0
+
     def detach_taps(self, taps: Taps) -> Taps:
-        """Detached copies of the taps, see `utils.balance.detached_taps`."""
+        """Detached copies of the taps, see `utils.balance.detached_taps`; the taps themselves where nothing is measured."""
+        if not self.measures:
+            return taps
         self._detached = DetachedTaps(taps)
         assert self._detached.taps is not None
         return self._detached.taps
@@ -252,6 +269,9 @@ class GradientEquilibrium:
         assert not missing, f"balanced terms {missing} are missing"
         ordered = [terms[name].reshape(()) for name in self.names]
         ordered += [value.reshape(()) for name, value in terms.items() if name not in self.names]
+        if not self.measures:
+            others = sum(ordered[len(self.terms) :])
+            return (self.weights.detach() * torch.stack(ordered[: len(self.terms)])).sum() + others
         balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
         # Each loss by itself: the backward pass of one element of a stack would visit the graphs of all
         gradients = [self._detached.gradients(loss * gradient_scale) for loss in ordered]
@@ -285,6 +305,7 @@ class GradientEquilibrium:
         # float16 may overflow in the gradient of one term where it does not in that of the sum
         slope = torch.where(measured.mean_gradients.isfinite().all(), slope, 0.0)
         self.weights.grad = slope + self._regulariser_gradient(weights)
+        self.iteration += 1
 
     def _ratios(self, losses: Tensor) -> Tensor:
         """ρ_i = (ℓ_i/L_i(0)) / mean of that over the group.
@@ -352,13 +373,14 @@ class GradientEquilibrium:
         return values
 
     def state_dict(self) -> dict:
-        """λ, L_i(0), the names they belong to, the epoch, and what the last iteration measured, which is logged at the epoch's end."""
+        """λ, L_i(0), the names they belong to, the position, and what the last iteration measured, which is logged at the epoch's end."""
         measured = self._measured if self._measured is not None and self._measured.ratios is not None else None
         return {
             "names": list(self.names),
             "weights": self.weights.detach().cpu().clone(),
             "initial_losses": self.initial_losses.cpu().clone(),
             "epoch": self.epoch,
+            "iteration": self.iteration,
             "measured": {name: value.cpu().clone() for name, value in vars(measured).items()} if measured else None,
         }
 
@@ -368,7 +390,7 @@ class GradientEquilibrium:
         assert tuple(state["names"]) == self.names, "the balanced terms changed between checkpoint and run"
         self.weights.copy_(state["weights"])
         self.initial_losses = state["initial_losses"].to(self.initial_losses)
-        self.epoch = state["epoch"]
+        self.epoch, self.iteration = state["epoch"], state["iteration"]
         if state["measured"] is not None:
             vectors = {name: value.to(self.initial_losses) for name, value in state["measured"].items()}
             self._measured = _Measured(**vectors)

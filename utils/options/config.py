@@ -100,6 +100,32 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def dump(options: Mapping[str, Any]) -> str:
-    """A YAML text that `load` reads as these options."""
-    return yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+def dump(opts: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """A YAML text of the options that the user gave; `--config` with it repeats the run.
+
+    Args:
+        opts: parsed; "explicit" has the dests that the user gave, presets are repeated by the name of the method.
+        parser: knows the options.
+    """
+    given: dict[str, Any] = {}
+    for action in parser._actions:
+        if action.dest in opts.explicit and action.dest != "config":
+            value = getattr(opts, action.dest)
+            if isinstance(value, tuple):
+                value = ",".join(value)  # such as --tap_schemes
+            given[action.option_strings[0].lstrip("-")] = True if action.nargs == 0 else value
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+
+
+def write(results: Path, opts: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Write the options of a run beside its results; the name says which steps the run trained.
+
+    Args:
+        results: file of the results.
+        opts, parser: as in `dump`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    steps = "-".join(map(str, opts.step))
+    results.with_name(f"{results.stem}_steps-{steps}.yaml").write_text(dump(opts, parser), encoding="utf-8")

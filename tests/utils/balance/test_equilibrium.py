@@ -25,8 +25,15 @@ def parameters(count=5, seed=0):
 def balancer(rows, watched, **changed):
     terms = [TermSpec(name, str(number), group, depth) for name, number, group, depth in rows]
     taps = {str(number): weight for number, weight in enumerate(watched)}
-    settings = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "class_ratio": RATIO, "dtype": watched[0].dtype} | changed
-    coefficients = Coefficients(settings["alpha"], settings["beta"], settings["gamma"])
+    settings = {
+        "alpha": ALPHA,
+        "beta": BETA,
+        "gamma": GAMMA,
+        "interval": 1,
+        "class_ratio": RATIO,
+        "dtype": watched[0].dtype,
+    } | changed
+    coefficients = Coefficients(*(settings[key] for key in ("alpha", "beta", "gamma", "interval")))
     return GradientEquilibrium(terms, taps, coefficients, settings["class_ratio"], settings["dtype"])
 
 
