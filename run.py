@@ -430,9 +430,14 @@ class StepRun:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)
         distributed.on_main(lambda: keep_pictures(self.opts, task, trainer.predict_each, self.log, iterations))
-        distributed.on_main(
-            lambda: config.write(results.csv_path(self.opts, task), self.opts, argparser.build_parser())
-        )
+        distributed.on_main(self._keep_options)
+
+    def _keep_options(self) -> None:
+        """Write the options of this run beside its results, as a file for `--config`."""
+        try:
+            config.write(results.csv_path(self.opts, self.task), self.opts, argparser.build_parser())
+        except OSError as error:  # the scores are recorded; this file is no reason to end a run
+            self.log.info(f"note: the options of this run are not kept in a file: {error}")
 
 
 if __name__ == "__main__":

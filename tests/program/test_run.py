@@ -70,6 +70,8 @@ def test_files_of_a_run(trained):
         "checkpoints/6-2-shapes_n_1.pth",
         "results/d_shapes_6-2_n.csv",
         "results/d_shapes_6-2_n.json",
+        "results/d_shapes_6-2_n_steps-0.yaml",
+        "results/d_shapes_6-2_n_steps-1.yaml",
     ]
     assert all(name.endswith(".lock") for name in set(names) - set(shown) if "_pictures/" not in name)
 

@@ -174,8 +174,8 @@ def _whole(folder: Path) -> str:
     for path in (folder / "results").glob("[!.]*.*"):
         if path.suffix == ".json":
             json.loads(path.read_text())
-        elif not path.read_text().endswith("\n") or any(
-            line.count(",") != 12 for line in path.read_text().splitlines()
+        elif path.suffix == ".csv" and (
+            not path.read_text().endswith("\n") or any(line.count(",") != 12 for line in path.read_text().splitlines())
         ):
             return f"{path} is half-written"
     return "parts are left" if list((folder / "results").glob(".*.writing")) else ""

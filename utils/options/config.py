@@ -128,4 +128,7 @@ def write(results: Path, opts: argparse.Namespace, parser: argparse.ArgumentPars
         OSError: the file cannot be written.
     """
     steps = "-".join(map(str, opts.step))
-    results.with_name(f"{results.stem}_steps-{steps}.yaml").write_text(dump(opts, parser), encoding="utf-8")
+    path = results.with_name(f"{results.stem}_steps-{steps}.yaml")
+    aside = path.with_suffix(".writing")
+    aside.write_text(dump(opts, parser), encoding="utf-8")
+    aside.replace(path)
