@@ -169,11 +169,13 @@ def test_options_of_later_steps_do_not_change_step_0():
     }  # fmt: skip
     plain = vars(argparser.parse([]))
     actions = {action.dest: action for action in argparser.build_parser()._actions}
-    for dest in argparser.later_options() - set(others):  # switches, choices and numbers
+    for dest in argparser.later_options() - set(others):  # switches, choices, lists of numbers and numbers
         choices = [choice for choice in actions[dest].choices or () if choice != plain[dest]]
-        others[dest] = (
-            choices[0] if choices else not plain[dest] if actions[dest].nargs == 0 else (plain[dest] or 0) + 2
-        )
+        if choices or actions[dest].nargs == 0:
+            others[dest] = choices[0] if choices else not plain[dest]
+        else:
+            several = isinstance(plain[dest], list)
+            others[dest] = [value + 2 for value in plain[dest]] if several else (plain[dest] or 0) + 2
     assert set(others) == argparser.later_options() and all(plain[dest] != value for dest, value in others.items())
     reference = trained({})
     # all at once, and those by themselves that another one would hide
