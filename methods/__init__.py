@@ -61,7 +61,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-#: In the order in which they prepare a batch and list their terms: pseudo-labels come before all that looks at labels.
+#: In the order in which they prepare a batch and list their terms: pseudo-labels come before the parts that read labels.
 PARTS: tuple[type[Part], ...] = (
     BalancedInitialisation,
     BackgroundModes,
@@ -79,7 +79,7 @@ PARTS: tuple[type[Part], ...] = (
 
 
 def all_parts() -> tuple[type[Part], ...]:
-    """`PARTS`, and the parts that a registered method brings beside them."""
+    """`PARTS`, and the own parts of the registered methods."""
     own = (part for method in METHODS.values() for part in method.own_parts)
     return tuple(dict.fromkeys((*PARTS, *own)))
 

@@ -1,8 +1,8 @@
 """What a method is: a preset of options, and the parts that those options switch on.
 
-The official programs describe a method by its flags, and `--method` is a shorthand for some of them. So it is here: a `Part`
-adds named loss terms, pseudo-labels, an initialisation, a phase or state, is switched on by options, and any set of options
-composes a method. A new method is a subclass of `Method` with a name, a paper and a preset, and a `Part` for what is new in it.
+As in the official programs, a method is a set of options, and `--method` sets some of them. A `Part` adds named loss terms,
+pseudo-labels, an initialisation, a phase or state, and is switched on by options. Any set of options is a method. A new method is
+a subclass of `Method` with a name, a paper and a preset, and a `Part` for what is new in it.
 
 The hooks of a part, in the order in which a step calls them, on all processes. "Resumed" says what a resume does with the hook.
 
@@ -73,7 +73,7 @@ class Part:
     #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official one,
     #: else in "method_state"; "" for a part without state.
     state_key: ClassVar[str] = ""
-    #: What `init_classifier`, `begin_step` and `end_step` read images for: each purpose has random crops of its own.
+    #: What `init_classifier`, `begin_step` and `end_step` read images for; each purpose has its own random crops.
     purpose: ClassVar[str] = "statistics"
     #: Ranges of its options, which options exclude or need each other, and which of them step 0 does not read.
     rules: ClassVar[Rules] = Rules()
@@ -101,7 +101,7 @@ class Part:
         """
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """Take what the part needs from the networks and from step t−1.
+        """Store what the part needs of the networks and of step t−1.
 
         Args:
             model: the student, not wrapped; at step t ≥ 1 it holds the weights of step t−1.
@@ -121,9 +121,9 @@ class Part:
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
     ) -> None:
-        """Start the new classifier from other values than PyTorch's own.
+        """Initialise the new classifier otherwise than PyTorch does.
 
-        The weights of the main process are given to all processes afterwards.
+        Afterwards all processes get the weights of the main process.
 
         Args:
             model: the student on the device, not wrapped.
@@ -152,7 +152,7 @@ class Part:
         return groups
 
     def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer | None:
-        """How the terms become one loss; None leaves it to the other parts, and to the plain sum.
+        """The balancer, which combines the terms to one loss; None: another part's balancer or the plain sum is used.
 
         Args:
             model: the student.
@@ -165,7 +165,7 @@ class Part:
         return []
 
     def phases(self) -> list[Phase]:
-        """Stretches of the step before or after the main training that train other tensors or another loss."""
+        """Phases of the step before or after the main training, which train other tensors or with another loss."""
         return []
 
     def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
@@ -182,7 +182,7 @@ class Part:
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
         """Complete the batch before the student's forward pass, without gradient: pseudo-labels, further views of the teacher.
 
-        What later hooks need beside the fields of `Batch` goes into `batch.extras`.
+        Store in `batch.extras` what later hooks need and `Batch` has no field for.
         """
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -197,11 +197,11 @@ class Part:
         """Add to the gradients, after the main backward pass and before the optimiser's step."""
 
     def remedies(self) -> dict[str, str]:
-        """By the name of a term, what to change when that term diverges or is not finite."""
+        """By name of a term, the advice to the user if that term diverges or is not finite."""
         return {}
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Called after the optimiser has moved the parameters; the taps of the batch are released, its labels are there."""
+        """Called after the step of the optimiser. The batch still has its labels, its taps are released."""
 
     # ------------------------------------------------------------------ ends
 
@@ -209,7 +209,7 @@ class Part:
         """Called after every epoch of the main training; `epoch` counts from 0."""
 
     def end_validation(self, model: SegmentationModel) -> None:
-        """Called after the scores of every validation are counted; the weights it leaves are trained on and saved."""
+        """Called after every validation. Training continues with the weights that it sets, and they are saved."""
 
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Called after the last epoch and phase, before the checkpoint of the step is written.
@@ -232,7 +232,7 @@ class Part:
         return state
 
     def begin_test(self, model: SegmentationModel) -> None:
-        """Called before the test of a step; the checkpoint is written by then and does not see what this changes."""
+        """Called before the test of a step. The checkpoint is written already and does not contain changes made here."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume and the next step need: tensors and plain values."""
@@ -243,7 +243,7 @@ class Part:
 
 
 class Method:
-    """A way to learn the classes of a step without forgetting the earlier ones.
+    """A method of class-incremental learning: its preset of options, and the parts that the options switch on.
 
     Args:
         opts: the parsed command line, preset applied.
@@ -290,7 +290,7 @@ class Method:
     def attach(
         self, model: SegmentationModel, teacher: nn.Module | None = None, checkpoint: Mapping[str, Any] | None = None
     ) -> None:
-        """Hand the networks and what step t−1 left to the parts.
+        """Give the networks and the state of step t−1 to the parts.
 
         Args:
             model: the student, not wrapped.
@@ -316,7 +316,7 @@ class Method:
         distributed.broadcast_module(model)
 
     def freeze(self, model: SegmentationModel) -> None:
-        """Take out of the training what any part freezes."""
+        """Freeze what any part freezes."""
         model.freeze([item for part in self.parts for item in part.frozen(model)])
 
     def parameter_groups(self, groups: list[dict[str, Any]], model: SegmentationModel) -> list[dict[str, Any]]:
@@ -326,7 +326,7 @@ class Method:
         return groups
 
     def make_balancer(self, model: SegmentationModel) -> Balancer:
-        """How the terms become one loss: the balancer of the first part that has one, with λ of step t−1; else the plain sum."""
+        """The balancer of the first part that has one, with λ of step t−1; else the plain sum of the terms."""
         specs = [spec for part in self.parts for spec in part.term_specs()]
         balancers = (part.make_balancer(model, specs) for part in self.parts)
         balancer = next((found for found in balancers if found is not None), None) or Sum()
@@ -345,7 +345,7 @@ class Method:
 
     @torch.no_grad()
     def prepare(self, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Batch:
-        """Everything that happens to a batch before the student sees it.
+        """Prepare a batch for the student's forward pass.
 
         Args:
             images: (B, 3, H, W) normalised.
@@ -387,13 +387,13 @@ class Method:
         return merged
 
     def remedy(self, values: dict[str, float]) -> str:
-        """What a part proposes to change when a loss diverges or is not finite.
+        """The advice of a part if a loss diverges or is not finite.
 
         Args:
             values: losses by name, the total as "loss".
 
         Returns:
-            The proposal for a term that is not finite, or else for the largest; "" where no part has one.
+            The advice for a term that is not finite, or else for the largest term; "" if no part has one.
         """
         terms = {name: value for name, value in values.items() if name != "loss"}
         guilty = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -434,7 +434,7 @@ class Method:
         return state
 
     def begin_test(self, model: SegmentationModel) -> None:
-        """Called before the test of a step, which may see other weights than the checkpoint."""
+        """Called before the test of a step, which may change the weights that are tested."""
         for part in self.parts:
             part.begin_test(model)
 

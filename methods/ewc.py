@@ -25,7 +25,7 @@ from utils.types import Batch
 
 
 class WeightPenalty(Part):
-    """Measures importance at every step, step 0 included, and penalises moving what was important before."""
+    """Measures the importance of weights at every step, step 0 included, and penalises changes of earlier steps' important weights."""
 
     state_key = "regularizer"
     rules = Rules(
@@ -56,7 +56,7 @@ class WeightPenalty(Part):
         return opts.regularizer is not None
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """Read the importance of earlier steps; a missing one is reported, because nothing then holds the old weights."""
+        """Read the importance of earlier steps. If it is missing, there is no penalty, and a note says so."""
         self.regularizer = REGULARIZERS[self.opts.regularizer](model, previous, self.opts)
         if self.regularizer.absent and distributed.is_main():
             kinds, step = " and no ".join(self.regularizer.absent), self.task.step
@@ -71,39 +71,39 @@ class WeightPenalty(Part):
     def _largest_stable(self) -> float:
         """The --reg_importance up to which gradient descent on the penalty is stable.
 
-        The penalty of a parameter of importance w has the curvature h = 2 · reg_importance · w. SGD with Nesterov momentum μ contracts on
-        it while lr · h < 2 (1 + μ) / (1 + 2 μ), that is 1.36 for μ = 0.9 and 2 without momentum.
+        The penalty of a parameter of importance w has the curvature h = 2 · reg_importance · w. SGD with Nesterov momentum μ converges
+        on it if lr · h < 2 (1 + μ) / (1 + 2 μ), which is 1.36 for μ = 0.9 and 2 without momentum.
         """
         momentum, largest = self.opts.momentum, self.regularizer.largest_weight
         bound = 2 * (1 + momentum) / (1 + 2 * momentum)
         return bound / (2 * self.opts.lr_of_step * largest) if largest > 0 else math.inf
 
     def remedies(self) -> dict[str, str]:
-        """A penalty that is too large for the learning rate diverges by itself."""
+        """The largest factor for which the penalty does not diverge at this learning rate."""
         lr, most = self.opts.lr_of_step, self.largest_stable
         return {
             "regularizer": f"the penalty is stable at --lr {lr:g} up to --reg_importance {most:.3g}: lower one of the two"
         }
 
     def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """{"regularizer": scalar} where there is importance of earlier steps."""
+        """{"regularizer": scalar}; empty if no earlier step measured an importance."""
         return {"regularizer": self.regularizer.penalty(model)} if self.regularizer.weights else {}
 
     def after_backward(self, model: SegmentationModel) -> None:
-        """Measure on the loss's own gradients, then add the penalty's."""
+        """Measure the importance from the gradients of the loss, then add those of the penalty."""
         self.regularizer.update(model)
         self.regularizer.add_gradient(model)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Measure how far the optimiser moved the parameters."""
+        """Measure how much the optimiser changed the parameters."""
         self.regularizer.after_step(model)
 
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
-        """Close the measurement of this step."""
+        """Finish the measurement of this step."""
         self.regularizer.finish(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance for the next step, measurement for a resume."""
+        """The importance, which the next step reads, and the measurement so far, which a resume continues."""
         return self.regularizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

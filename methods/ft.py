@@ -1,4 +1,4 @@
-"""FT: plain fine-tuning, and what every method builds on: the classification loss and its variants.
+"""FT: plain fine-tuning, and the classification losses that all methods share.
 
 ce        cross entropy on the (pseudo-)labels, per pixel, times the pixel weights, mean over all pixels, times --ce_factor
 entropy   --entropy_min: the student's own entropy on background pixels
@@ -80,7 +80,7 @@ class Classification(Part):
         return not (replaced and task.step > 0)
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """NCA's margin is in units of the cosine, and the logits are the cosine times the classifier's scale."""
+        """Keep the scale of a cosine classifier: the margin of NCA is a cosine, the logits are cosines times the scale."""
         self.cosine_scale = 1.0 if model.cls.scalar is None else model.cls.scalar
 
     def term_specs(self) -> list[TermSpec]:
@@ -89,7 +89,7 @@ class Classification(Part):
 
     def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(logits, labels) -> (B, H, W)."""
-        # Where no class is added (domains) no old class hides in the background
+        # Where no class is added (domains) the background contains no old class
         opts, old = self.opts, self.task.num_old if self.task.num_new else 0
         if opts.bce or opts.icarl:
             return loss.binary_cross_entropy
@@ -117,7 +117,7 @@ class Classification(Part):
             factor, mended = self.opts.pseudo_soft_factor, self.opts.soft_loss == "mended"
             return loss.soft_cross_entropy(logits, batch.labels, batch.teacher.logits, certain, factor, mended)
         if self.opts.ce_on_pseudo and batch.pseudo_mask is not None:
-            # Confident old pixels take cross entropy on their pseudo-label, all others the criterion on the truth.
+            # Cross entropy with the pseudo-labels on confident old pixels, the criterion with the annotation on all others
             chosen = batch.labels.masked_fill(~batch.pseudo_mask, IGNORE)
             rest = batch.truth.masked_fill(batch.pseudo_mask, IGNORE)
             return loss.cross_entropy(logits, chosen) + self.criterion()(logits, rest)
@@ -170,10 +170,10 @@ class EntropyMinimisation(Part):
 
 
 class WeightAlignment(Part):
-    """Rescale the new classifier's weights to the norm of others: after every validation, or for the test alone.
+    """Rescale the new classifier's weights to the norm of others: after every validation, or before the test.
 
-    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020. When
-        is PLOP's choice: "task" aligns the reloaded weights before the last test, and the checkpoint is not aligned.
+    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020. The times are
+        those of PLOP's release: "task" aligns the weights for the test alone, and the weights of the checkpoint are not aligned.
     """
 
     rules = Rules(
@@ -249,7 +249,7 @@ class BackgroundModes(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """How many modes, how they become one, and how they start new classes."""
+        """Number of modes, their fusion, and the initialisation of new classes from them."""
         add = option_group(parser, "classifier").add_argument
         add("--nb_background_modes", type=int, default=1, help="background channels of the first classifier")
         modes = ["max", "softmax", "max_init", "softmax_init", "softmax_remove", "max_remove"]
@@ -263,7 +263,7 @@ class BackgroundModes(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """From step 1 on, with several background modes; --init_balanced wins over it, as in the official program."""
+        """From step 1 on, with several background modes and without --init_balanced, as in the official program."""
         wanted = opts.nb_background_modes > 1 and opts.init_multimodal is not None and not opts.init_balanced
         return wanted and task.step > 0 and not task.domain
 
@@ -271,7 +271,7 @@ class BackgroundModes(Part):
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
     ) -> None:
-        """Count, in one pass over the step's images, which modes respond to the pixels of each new class, and start from them."""
+        """Measure in one pass over the images which modes respond to each new class, and initialise the classes from these modes."""
         classifiers, how = model.cls, self.opts.init_multimodal
         was_training = model.training
         model.eval()
@@ -289,7 +289,7 @@ def class_growth(task: Task) -> float:
 
 
 class FT(Method):
-    """Fine-tuning: no preset. The official scripts spell PLOP and LSKD as FT plus their flags."""
+    """Fine-tuning, without a preset. The official scripts write PLOP and LSKD as FT and their flags."""
 
     name = "FT"
     paper = "fine-tuning, the lower bound, as in MiB"

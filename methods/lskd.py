@@ -1,20 +1,20 @@
 """LSKD: layer-specific knowledge distillation. Every tap has its own scheme and its own weight.
 
-With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask that says where a speaks of old classes:
+With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask of the features that belong to old classes:
 
-    views   x_o = x without its old pixels, x_n = x without its new ones; the teacher sees all three      (utils.masks)
-    mask    M keeps what changes little without the old pixels or much without the new ones                (utils.masks)
+    views   x_o = x without its old pixels, x_n = x without its new ones; inputs of the teacher            (utils.masks)
+    mask    M keeps features that change little without old pixels, or much without new pixels             (utils.masks)
     pod     local POD of a and b                                       stages 1, 2                         (utils.pod.terms)
     md      local POD of a·M and b·M                                   stages 3, 4, pre_logits, logits     (utils.loss)
     mcd     --mcd_factor · distance of second-order pooled a·M, b·M    pre_logits                          (utils.loss)
     ce, kd  cross entropy and unbiased distillation of outputs         (methods/ft.py, methods/lwf.py)
     loss    Σ λ_i ℓ_i, λ balanced by gradients (RGE)                   (utils.balance.equilibrium)
 
-`--tap_schemes` chooses among none, pod, md, mcd and md+mcd for each of the six taps. Neither PLOP's schedule nor a mean over taps
-enters. At step 0 there is no teacher and LSKD is plain training.
+`--tap_schemes` sets none, pod, md, mcd or md+mcd for each of the six taps. The terms are neither scheduled as in PLOP nor averaged over
+taps. At step 0 there is no teacher, and LSKD is plain training.
 
-Reference: "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation", IEEE TIP 2024. What its release computes
-differently from its text is said where it is computed.
+Reference: "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation", IEEE TIP 2024. Where its release differs
+from its text, the docstring of the function says so.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from utils.types import TAP_NAMES, Batch
 #: Names of the erased views of the teacher.
 WITHOUT_OLD, WITHOUT_NEW = "without_old", "without_new"
 
-#: The taps whose λ are to grow with depth, shallow first; the logits are not among them.
+#: The taps whose λ should increase with depth, shallow first; not the logits.
 DEPTH = TAP_NAMES[:5]
 #: Index of the last tap, the small logits.
 LAST_TAP = len(TAP_NAMES) - 1
@@ -88,7 +88,7 @@ def check_masks(opts: Namespace) -> None:
 
 
 class LayerSpecificDistillation(Part):
-    """LSKD's feature terms and its balance."""
+    """LSKD's distillation of features, and the balancer of its terms."""
 
     needs_teacher = True
     rules = Rules(
@@ -118,7 +118,7 @@ class LayerSpecificDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """What each tap gets, the factors, the masks and the balance; the official names are the odd ones."""
+        """Scheme of each tap, factors, masks and balance, under readable names and the official ones."""
         add = option_group(parser, "layer-specific distillation (LSKD)").add_argument
 
         def named(official: str, readable: str, **rest: Any) -> None:
@@ -165,12 +165,12 @@ class LayerSpecificDistillation(Part):
             )
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
-        """The teacher's look at the two erased views, in one pass."""
+        """Compute the teacher's taps of the two erased views, in one forward pass."""
         if self.masked and self.opts.mask_rule != "gt":
             views = masks.erased_views(batch.images, batch.labels, self.task.num_old)
             assert teacher is not None
             features = teacher(torch.cat(views), full_size=False).features
-            # Only taps with a mask outlive the pass: the shallow ones, which have none, are the largest.
+            # Only taps with a mask are kept: the shallow ones, which have none, are the largest.
             taps = [tap.chunk(2) if name in self.masked else None for name, tap in zip(TAP_NAMES, features)]
             batch.teacher_views = {
                 name: tuple(tap and tap[i] for tap in taps)  # 2·B → two of B
@@ -178,7 +178,7 @@ class LayerSpecificDistillation(Part):
             }
 
     def mask(self, batch: Batch, tap: str) -> Tensor:
-        """M of one tap; spatial only for the logits, whose channels are classes."""
+        """M of one tap; for the logits, whose channels are classes, without the channel mask."""
         index = TAP_NAMES.index(tap)
         views = None
         if batch.teacher_views:
@@ -215,7 +215,7 @@ class LayerSpecificDistillation(Part):
         return pod.align_tap(teacher, student, mask, options, place, batch.labels, self.task.num_old)
 
     def term_specs(self) -> list[TermSpec]:
-        """The context terms, measured at the head; then the terms of the taps, each measured at its own depth."""
+        """The context terms, measured at the head; then the terms of the taps, each measured at its tap."""
         context = [TermSpec(name) for name, _ in self.context]
         return context + [
             TermSpec(name, tap, "B" if tap in SHALLOW else "A", DEPTH.index(tap) if tap in DEPTH else None)

@@ -1,4 +1,4 @@
-"""LwF: distil the teacher's outputs. The part below holds every distillation of outputs of the family, MiB's included.
+"""LwF: distil the teacher's outputs. The part contains all distillations of outputs of these methods, also that of MiB.
 
 kd   --loss_kd · distillation(student, teacher), one of
          default        softmax over the old classes (LwF)

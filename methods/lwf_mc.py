@@ -1,7 +1,7 @@
-"""LWF-MC: LwF for many classes, which is iCaRL without its memory: sigmoids instead of a softmax.
+"""LWF-MC: LwF with sigmoids instead of a softmax, which is iCaRL without its memory of samples.
 
 combined (default)      ce: binary cross entropy; icarl: --icarl_importance · C_old · BCE with the teacher's sigmoids
---icarl_disjoint        icarl: one BCE, the teacher's sigmoids on old classes, labels on new ones, in place of ce
+--icarl_disjoint        icarl, without ce: one BCE with the teacher's sigmoids for old classes and the labels for new ones
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""MiB: model the background. What is background now held old classes before and will hold new ones tomorrow.
+"""MiB: model the background. The background of a step contains old classes and classes of later steps.
 
 ce   --unce: the background's probability is that of background and all old classes together (utils.loss)
 kd   --unkd: the student's background is background and all new classes together (methods/lwf.py)
 --init_balanced: new classifiers start as the old background (`Classifiers.init_balanced`)
 
-The factor of kd is 10 for every task, as the released program has it. The paper's runs with one class a step (15-1) need 100:
-give --loss_kd 100.
+The factor of kd is 10 for every task, as in the released program. The paper's runs with one class per step (15-1) use 100:
+add --loss_kd 100.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.options.groups import add_switch, option_group
 
 
 class BalancedInitialisation(Part):
-    """New classifiers start as the old background, whose probability all of them share (--init_balanced).
+    """Initialise new classifiers from the background and divide its probability among them (--init_balanced).
 
     Reference: MiB (Cermelli et al., CVPR 2020), section 3.3.
     """

@@ -1,4 +1,4 @@
-"""What a part is given: the state of step t−1."""
+"""The state of step t−1, as a part gets it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from utils.errors import UserError
 
 
 class Previous(NamedTuple):
-    """What step t−1 left for a part; both are empty at step 0.
+    """State and weights of step t−1; both are empty at step 0.
 
     Attributes:
-        state: what the part's own `state_dict` returned at the end of step t−1; empty where that step had no such part.
+        state: what the `state_dict` of the same part returned at the end of step t−1; empty if that step had no such part.
         weights: the network of step t−1 as its checkpoint stores it, by parameter and buffer name.
         file: name of that checkpoint, for messages.
     """
@@ -25,7 +25,7 @@ class Previous(NamedTuple):
 
     @classmethod
     def of_part(cls, checkpoint: Mapping[str, Any], state_key: str) -> Previous:
-        """What a checkpoint holds for a part.
+        """State and weights in a checkpoint, for one part.
 
         Args:
             checkpoint: of step t−1 as `utils.checkpointing.store.read` returns it; empty at step 0.
@@ -50,6 +50,6 @@ class Previous(NamedTuple):
         return cls({} if own is None else own, checkpoint.get("model_state", {}), file)
 
     def entry(self, name: str) -> Any:
-        """An entry of the state; None where it has none, and where a crafted file has something else than a dictionary."""
+        """An entry of the state; None if there is none, or if the state of a crafted file is no dictionary."""
         state: object = self.state
         return state.get(name) if isinstance(state, dict) else None

@@ -1,8 +1,8 @@
-"""Phases: stretches of a step before or after its main training, each with its own epochs, learning rate, tensors and loss.
+"""Phases of a step before or after its main training, each with its own epochs, learning rate, trained tensors and loss.
 
-A part names its phases in `Part.phases`. The trainer runs them like the main training: over the same batches of the training set, on
-all processes with averaged gradients, with a line in the log, curves in TensorBoard and an entry in the history an epoch, and a
-resume continues them at the same iteration to the bit.
+`Part.phases` returns the phases of a part. The trainer runs them like the main training: over the batches of the training set, on all
+processes with averaged gradients, with a line in the log, curves in TensorBoard and an entry in the history for every epoch. A resume
+continues them at the same iteration, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utils.runtime.signals import Stopped
 
 
 class Phase:
-    """One stretch of a step. A subclass says what trains and by which loss.
+    """A phase of a step. A subclass defines what is trained and with which loss.
 
     The calls, in order: `attach` (also after a resume), `begin` (not after a resume), for each iteration `terms`, then `end`.
     While a phase runs, all parameters of the student that are not in `parameters` take no gradient.
@@ -63,7 +63,7 @@ class Phase:
         raise NotImplementedError(f"{type(self).__name__} does not say how many epochs it has")
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
-        """Keep the networks, and make the tensors that the phase trains; their values are set in `begin` or by a resume."""
+        """Store the networks and create the tensors that the phase trains; `begin` or a resume sets their values."""
         self.model, self.teacher, self.device = model, teacher, device
 
     def begin(self, loader: TrainingBatches) -> None:
@@ -74,7 +74,7 @@ class Phase:
         """
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the phase trains: its own tensors, parameters of the student, or both."""
+        """The trained parameters: the phase's own, some of the student, or both."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it trains")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -107,7 +107,7 @@ class Phase:
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def end(self) -> None:
-        """Write what was learned back, for instance into the student."""
+        """Use the result of the phase, for instance by copying it into the student."""
 
     def state_dict(self) -> dict[str, Any]:
         """The phase's own tensors; those of the student are saved with the student."""
@@ -118,7 +118,7 @@ class Phase:
 
 
 class PhaseRun:
-    """Runs one phase, from wherever it stands.
+    """Runs one phase from its current position to its end.
 
     Args:
         phase: attached.
@@ -173,7 +173,7 @@ class PhaseRun:
 
     @contextlib.contextmanager
     def _training_only(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Within it only these parameters take a gradient, and the student is in the phase's mode."""
+        """Context in which only these parameters have gradients and the student is in the mode of the phase."""
         model = self.phase.model
         trained = {id(parameter) for parameter in parameters}
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -244,7 +244,7 @@ class PhaseRun:
         return values, distributed.max_over_ranks(self.context.stop.signum) if asked_mean else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact continuation needs beside the student."""
+        """Everything but the student that is needed to continue exactly."""
         return {
             "name": self.phase.name,
             "position": [self.epoch, self.iteration, int(self.begun), int(self.finished)],

@@ -1,8 +1,8 @@
-"""PLOP: pseudo-labels for what this step's annotation calls background, and local POD on six taps.
+"""PLOP: pseudo-labels for pixels that are annotated as background, and local POD on six taps.
 
-pseudo-labels   old pixels take the teacher's class where it is sure, else are ignored; "sure" is per class: entropy below
-                max(median over the training set, --threshold)                                      (utils.pseudo)
-ce              times the share of old pixels that are sure (--classif_adaptive_factor)            (methods/ft.py)
+pseudo-labels   an old pixel gets the class that the teacher predicts if the entropy of the prediction is below the class's threshold
+                max(median over the training set, --threshold), and is ignored otherwise            (utils.pseudo)
+ce              times the share of old pixels with a pseudo-label (--classif_adaptive_factor)      (methods/ft.py)
 pod             mean over taps of factor · ‖pooled(a²) − pooled(b²)‖ · sqrt(C / C_new)             (utils.pod.terms)
 """
 
@@ -33,7 +33,7 @@ from utils.types import Batch, Taps
 
 
 class PseudoLabels(Part):
-    """Old pixels take the teacher's opinion (--pseudo)."""
+    """Replaces the labels of old pixels by the teacher's predictions (--pseudo)."""
 
     needs_teacher = True
     state_key = "pseudo_labels"
@@ -114,14 +114,14 @@ class PseudoLabels(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """From step 1 on, with --pseudo; in a domain-incremental task nothing is unlabelled."""
+        """From step 1 on, with --pseudo; not in a domain-incremental task, where all pixels are labelled."""
         return opts.pseudo is not None and task.step > 0 and not task.domain
 
     @torch.no_grad()
     def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
         """Thresholds from the teacher's confidence on the background of the training set.
 
-        The release lets every process read its own histogram; here the histogram is that of all processes.
+        In the release every process uses its own histogram; here the histograms of all processes are added.
         """
         if self.mode not in pseudo.MEASURES:
             return
@@ -190,7 +190,7 @@ def pod_options(opts: Namespace) -> PodOptions:
 
 
 def check_pod_options(opts: Namespace) -> None:
-    """Refuse a nested `--pod_options` with misspelt keys, which the official program passes over in silence.
+    """Refuse misspelt keys and values in `--pod_options`, which the official program ignores silently.
 
     Raises:
         UserError: an unknown key or value, or a factor below 0.
@@ -204,7 +204,7 @@ def check_pod_options(opts: Namespace) -> None:
 
 
 class PodDistillation(Part):
-    """Pooled outputs distillation of the taps; LSKD brings its own (methods/lskd.py)."""
+    """Pooled outputs distillation of the taps; LSKD has its own part (methods/lskd.py)."""
 
     needs_teacher = True
     rules = Rules(
@@ -274,7 +274,7 @@ class PodDistillation(Part):
         self.options = pod_options(opts)
 
     def taps(self, forward: Taps) -> tuple[Tensor, ...]:
-        """Stages and pre_logits, then the logits that the flags ask for: small (--pod_logits), full-size, or none."""
+        """Stages, pre_logits, and the small logits (--pod_logits), the full-size ones (--pod_large_logits) or none."""
         features = (*forward.attentions, forward.pre_logits)
         if self.opts.pod_logits:
             return (*features, forward.logits_small)

@@ -1,10 +1,10 @@
-"""Importance of weights: how much each parameter mattered to earlier steps, and the penalty on moving it.
+"""Importance of weights for earlier steps, and the penalty on changing important weights.
 
     penalty = Σ_p importance_p · (p − p_old)²,   importance min-max normalised per parameter tensor
 
-EWC measures importance by the Fisher information, path integral (PI) by how much each parameter lowered the loss on its way, RW by
-both. The three share this page; methods/ewc.py, pi.py and rw.py name them. State is keyed by official parameter names and carried
-from step to step; parameters of new classifiers join with importance 0, those that a step does not train keep theirs.
+EWC measures importance by the Fisher information, path integral (PI) by the decrease of the loss that the changes of each parameter
+caused, RW by both. methods/ewc.py, pi.py and rw.py define the methods. The state has the official parameter names and is passed from step
+to step. Parameters of new classifiers start with importance 0; the importance of parameters that a step does not train is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCORE_DAMPING = 1e-8
 
 
 def normalised(importance: Tensor) -> Tensor:
-    """Importance scaled to [0, 1] by its own minimum and maximum; a constant tensor becomes 0."""
+    """Importance scaled linearly to [0, 1]; a constant tensor becomes 0."""
     low, high = importance.min(), importance.max()
     return (importance - low) / (high - low + RANGE_DAMPING)
 
@@ -45,7 +45,7 @@ class Regularizer:
         UserError: the importance cannot be that of these weights.
     """
 
-    #: What it measures, in the order in which the penalty adds them up.
+    #: Kinds of importance that it measures, in the order in which the penalty adds them.
     kinds: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, previous: Previous, opts: Namespace):
@@ -68,7 +68,7 @@ class Regularizer:
         self.current = {kind: self._start(model, kind) for kind in self.kinds}
 
     def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
-        """What this step's measurement starts from."""
+        """Initial values of this step's measurement."""
         return {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -89,8 +89,8 @@ class Regularizer:
     def add_gradient(self, model: nn.Module) -> None:
         """Add the penalty's gradient to the parameters'.
 
-        Closed form instead of a second backward pass: no graph, and nothing that a distributed wrapper would reduce again. All
-        processes hold equal parameters and importances, so the gradient is equal everywhere.
+        The gradient is computed in closed form, without a graph and without a second reduction by the distributed wrapper. All
+        processes have equal parameters and importances, so the gradient is equal on all of them.
         """
         for name, parameter in model.named_parameters():
             if name in self.weights and parameter.grad is not None:
@@ -103,13 +103,13 @@ class Regularizer:
         return max((float(weight.max()) for weight in self.weights.values()), default=0.0)
 
     def update(self, model: nn.Module) -> None:
-        """Look at the loss's own gradients, before the penalty's are added."""
+        """Measure from the gradients of the loss, before those of the penalty are added."""
 
     def after_step(self, model: nn.Module) -> None:
-        """Look at where the optimiser went."""
+        """Measure from the parameters after the step of the optimiser."""
 
     def finish(self, model: nn.Module) -> None:
-        """Turn the measurement of this step into the importance that the next one reads."""
+        """Compute the importance that the next step reads from the measurement of this step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Importances by official parameter name."""
@@ -123,9 +123,9 @@ class Regularizer:
 
 
 def _read_importance(previous: Previous, kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Importance by kind and parameter name, as far as step t-1 measured it.
+    """Importance by kind and parameter name, of the kinds that step t-1 measured.
 
-    A file is not to be trusted: importance that does not fit the weights beside it, or is no number, would end or ruin a training.
+    The file is not trusted: importance of another shape than its weight, or that is not finite, would end or spoil a training.
     """
     state = previous.state
     if not isinstance(state, dict):
@@ -165,7 +165,7 @@ def _restore(values: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 def _carried(start: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Old importance where a parameter is known, zeros where it is new."""
+    """The old importance of known parameters, zeros for new ones."""
     return {name: old[name].to(value).clone() if name in old else value for name, value in start.items()}
 
 
@@ -182,7 +182,7 @@ class FisherRegularizer(Regularizer):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One moving-average step; gradients that overflowed in half precision are passed over."""
+        """One step of the moving average; gradients that overflowed in half precision are skipped."""
         fisher = self.current["fisher"]
         for name, parameter in model.named_parameters():
             if name in fisher and parameter.grad is not None:
@@ -191,7 +191,7 @@ class FisherRegularizer(Regularizer):
 
 
 class _PathMixin(Regularizer):
-    """Follows −g·Δp, the loss decrease that each parameter is responsible for."""
+    """Sums −g·Δp over the iterations, the decrease of the loss by the changes of each parameter."""
 
     def _begin_path(self, model: nn.Module) -> None:
         self.path = Regularizer._start(self, model, "path")
@@ -229,7 +229,7 @@ class PathRegularizer(_PathMixin):
         return _carried(super()._start(model, kind), self.old.get(kind, {}))
 
     def update(self, model: nn.Module) -> None:
-        """Keep the loss's gradients until the step is made."""
+        """Keep the gradients of the loss until the optimiser's step."""
         self._remember_gradients(model)
 
     def after_step(self, model: nn.Module) -> None:
@@ -238,7 +238,7 @@ class PathRegularizer(_PathMixin):
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        """Divide the path by the distance gone."""
+        """Divide the path integral by the squared change of the parameter."""
         for name, parameter in model.named_parameters():
             if name in self.path:
                 distance = (parameter - self.before[name]).square()
@@ -275,12 +275,12 @@ class RiemannianRegularizer(_PathMixin, FisherRegularizer):
         return super()._start(model, kind) if kind == "fisher" else Regularizer._start(self, model, kind)
 
     def update(self, model: nn.Module) -> None:
-        """Fisher's moving average; keep the gradients until the step is made."""
+        """Update the moving average of the Fisher information; keep the gradients until the optimiser's step."""
         super().update(model)
         self._remember_gradients(model)
 
     def after_step(self, model: nn.Module) -> None:
-        """Add the decrease of this step; every `--reg_iterations` turn it into score."""
+        """Add the decrease of this step; after every `--reg_iterations` steps add it to the score."""
         self._walk(model)
         self.iterations += 1
         if self.iterations % self.opts.reg_iterations == 0:
