@@ -1,7 +1,7 @@
-"""Distillation of outputs: how the student's logits are held to the teacher's. Users import these from utils.loss.
+"""Distillation of outputs: losses between the logits of student and teacher.
 
-Throughout, student logits are (B, C, H, W), teacher logits (B, C_old, H, W), background is channel 0 in both, and a
-loss is returned per pixel (B, H, W) with reduction="none", or as its mean over pixels.
+In all functions the student's logits are (B, C, H, W), the teacher's (B, C_old, H, W), and background is channel 0 of both. A loss is
+returned per pixel (B, H, W) with reduction="none", or as its mean over pixels.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def unbiased_knowledge_distillation(
     student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     num_old = teacher_logits.shape[1]
     target = (alpha * teacher_logits).softmax(1)
-    # Split, not sliced: the gradient of a split is put together once, that of each slice is a map of zeros of its own
+    # A split instead of slices: its gradient is one tensor, whereas the gradient of each slice is a map of zeros of full size
     first, old, new = student_logits.split([1, num_old - 1, student_logits.shape[1] - num_old], dim=1)
     background = torch.cat([first, new], dim=1).logsumexp(1)
     total = torch.logaddexp(background, old.logsumexp(1)) if num_old > 1 else background
@@ -97,15 +97,15 @@ def excluded_knowledge_distillation(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """KD over the old classes and one slot for "a new class"; where the label is new, the teacher's background is
-    replaced by an even logit of 0 for background and slot, because the teacher saw the new object as background.
+    """KD over the old classes and one additional channel for "a new class". Where the label is a new class, the teacher's logits of
+    background and of the additional channel are both 0, because the teacher predicts a new object as background.
 
     Args:
         student_logits: (B, C, H, W).
         teacher_logits: (B, C_old, H, W).
         labels: (B, H, W); `IGNORE` pixels give 0.
-        new_class: the student's logit of the slot: `sum` of all new classes' logits (`--exkd_sum`), or `gt`, that of
-            the labelled new class (`--exkd_gt`); pixels of old classes then have no slot.
+        new_class: the student's logit of the additional channel: `sum` of the logits of all new classes (`--exkd_sum`), or `gt`,
+            the logit of the labelled new class (`--exkd_gt`); pixels of old classes then have no additional channel.
         mask: (B, H, W), pixels that count, or None for all.
         reduction: `mean`, `sum`, `none`.
 
@@ -115,8 +115,8 @@ def excluded_knowledge_distillation(
     Raises:
         ValueError: another `new_class`.
 
-    Reference: ExcludedKnowledgeDistillation in PLOP's release; no paper describes it. `sum` is fixed by numbers of that
-        program, the slot of old pixels under `gt` is ours.
+    Reference: ExcludedKnowledgeDistillation in PLOP's release; no paper describes it. `sum` is tested against numbers of that
+        program; the treatment of old pixels under `gt` is defined here.
     """
     if new_class not in ("sum", "gt"):
         raise ValueError(f"Excluded distillation knows 'sum' and 'gt' (--exkd_sum, --exkd_gt), not {new_class!r}.")
@@ -152,7 +152,7 @@ def sigmoid_distillation(
         student_logits: (B, C, H, W).
         teacher_logits: (B, C_old, H, W).
         alpha: multiplies the teacher's logits.
-        shape: `trim` cuts the student's new classes off; `sum` puts the sum of their logits in place of the background
+        shape: `trim` removes the student's new classes; `sum` replaces the background's logit by the sum of their logits
             (`--kd_bce_sig_shape`).
         mask: (B, H, W), pixels that count, or None for all.
         reduction: `mean`, `sum`, `none`.
@@ -244,7 +244,7 @@ def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def distillation_mask(labels: Tensor, num_old: int, where: str | None) -> Tensor | None:
-    """`--kd_mask`: pixels that output distillation looks at.
+    """`--kd_mask`: pixels that the distillation of outputs uses.
 
     Args:
         labels: (B, H, W).
@@ -299,7 +299,7 @@ def soften(logits: Tensor, labels: Tensor, num_old: int, temperature: float, app
 
 
 def soften_semi_old(logits: Tensor, num_initial: int, num_old: int, temperature: float) -> Tensor:
-    """Divides the logits of classes learned after step 0 but before this step (`--temperature_semiold`).
+    """Divide the logits of classes learned after step 0 and before this step by a temperature (`--temperature_semiold`).
 
     Args:
         logits: (B, c, H, W) with c ≥ num_old.

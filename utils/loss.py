@@ -75,9 +75,9 @@ def context_distance(teacher: Tensor, student: Tensor, groups: int) -> Tensor:
     """L2 distance per image between second-order pooled features, without outer products.
 
     The channels are split into `groups` groups of k = c // groups (the last c − k·groups are dropped), each group is
-    average-pooled 5×5 with stride 2 and padding 2, and at every position v becomes the k×k matrix v vᵀ. The norm of the
-    difference of two such matrices is ‖uuᵀ − vvᵀ‖² = ½(‖u+v‖²‖u−v‖² + ⟨u+v, u−v⟩²), which holds no difference of
-    nearly equal numbers when the student is close to the teacher.
+    average-pooled 5×5 with stride 2 and padding 2, and the vector v at every position is replaced by the k×k matrix v vᵀ. The
+    norm of the difference of two such matrices is ‖uuᵀ − vvᵀ‖² = ½(‖u+v‖²‖u−v‖² + ⟨u+v, u−v⟩²). This form subtracts no
+    nearly equal numbers if the student is close to the teacher.
 
     Args:
         teacher: (B, c, h, w), already masked.
@@ -256,7 +256,7 @@ def soft_cross_entropy(
     factor: float = 1.0,
     mended: bool = False,
 ) -> Tensor:
-    """Cross entropy on certain pixels, agreement with the teacher's soft labels on the others (`--pseudo_soft`).
+    """Cross entropy on certain pixels, a loss with the teacher's soft labels on the others (`--pseudo_soft`).
 
     Args:
         logits: (B, C, H, W).
@@ -265,8 +265,8 @@ def soft_cross_entropy(
         certain: (B, H, W) bool; for `soft_certain` the pixels labelled new, for `soft_uncertain` those and the old
             pixels with a valid pseudo-label.
         factor: of the soft part (`--pseudo_soft_factor`).
-        mended: the soft part as a cross entropy, −Σ q_teacher log p. Released is +Σ p log q_teacher, in which the two
-            have changed places and the sign is lost, so that minimising it drives the student away from the teacher.
+        mended: the soft part as a cross entropy, −Σ q_teacher log p. The release computes +Σ p log q_teacher, with the two
+            exchanged and without the minus sign, so that minimising it moves the student away from the teacher.
 
     Returns:
         (B, H, W); p is the student's softmax over its first C_old logits.

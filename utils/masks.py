@@ -1,12 +1,12 @@
-"""LSKD's erased views of a batch, and the masks that say where the teacher's features speak of old classes.
+"""LSKD's erased views of a batch, and the masks of the teacher's features that belong to old classes.
 
-The frozen teacher sees an image x three times: whole, with its old pixels erased (x_o) and with its new pixels erased
-(x_n). A feature is kept where erasing the old pixels changes it little or erasing the new ones changes it much. That is
-the released rule; on cosines "little" is a high value, on distances a low one.
+The frozen teacher computes the features of an image x three times: of the whole image, with the old pixels erased (x_o), and with the
+new pixels erased (x_n). A feature is kept where erasing the old pixels changes it little, or erasing the new pixels changes it much.
+This is the released rule; a small change is a high cosine, or a low distance.
 
 Reference:
     "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation", IEEE TIP 2024, mask-guided
-    distillation. What its text leaves open was fixed by numbers of the released program.
+    distillation. What its text does not specify follows numbers of the released program.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from utils.types import IGNORE
 
 #: `--dis`: how a position of an erased view is compared with the whole view.
 DISTANCES = ("L1_mean", "mean_L1", "L2", "cos")
-#: `--sigmoid`: how the two comparisons become a mask.
+#: `--sigmoid`: how the two comparisons are combined to a mask.
 RULES = ("old", "newnone", "none", "gt", "whc")
-#: `--channel_rule`: which way round the channel mask of `whc` compares.
+#: `--channel_rule`: the inequalities of the channel mask of `whc`.
 CHANNEL_RULES = ("released", "mended")
 
 
@@ -73,7 +73,7 @@ def batch_quantile(values: Tensor, fraction: Tensor) -> Tensor:
 
 
 def check_rule(rule: str | None, distance: str | None) -> None:
-    """Refuses pairs of `--sigmoid` and `--dis` that cannot work.
+    """Refuse combinations of `--sigmoid` and `--dis` that cannot work.
 
     Raises:
         UserError: an unknown name; a rule other than `gt` without a distance; a distance without a rule.
@@ -102,7 +102,7 @@ def differences(features: Tensor, erased: tuple[Tensor, Tensor], distance: str) 
         Two tensors (B, h·w); higher is more different.
     """
     if distance == "cos":
-        # As torch.cosine_similarity, in half its time: the whole view's length once, no norm along an outer dimension
+        # Equal to torch.cosine_similarity, in half its time: the length of the whole view is computed once
         length, *lengths = (view.square().sum(1).sqrt().clamp(min=1e-8) for view in (features, *erased))
         found = [-(features * view).sum(1) / (length * other) for view, other in zip(erased, lengths)]
     elif distance == "mean_L1":
@@ -123,9 +123,9 @@ def spatial_mask(
 
     With s_o, s_n the similarities to the views without old and without new pixels, and Q(v, r) the r-quantile of v
     over positions: o = [s_o ≥ Q(s_o, r_o)], n = [s_n ≤ Q(s_n, r_n)]; `whc` keeps o or n, `none` keeps o and n, `old`
-    keeps o, `newnone` keeps n. On distances the release turns both inequalities and swaps the fractions:
-    o = [d_o ≤ Q(d_o, r_n)], n = [d_n ≥ Q(d_n, r_o)]. Numbers exist for `cos` with `whc` and `none`, and for `mean_L1`
-    with `whc`; `old` and `newnone` are what their names suggest.
+    keeps o, `newnone` keeps n. On distances the release reverses both inequalities and exchanges the fractions:
+    o = [d_o ≤ Q(d_o, r_n)], n = [d_n ≥ Q(d_n, r_o)]. Numbers of the release exist for `cos` with `whc` and `none`, and for
+    `mean_L1` with `whc`; `old` and `newnone` follow from their names.
 
     Args:
         features: (B, c, h, w).
@@ -159,8 +159,8 @@ def channel_mask(
 ) -> Tensor:
     """Which channels of a tap are kept (`whc`).
 
-    d_o, d_n are the absolute changes of each channel's mean over positions; kept are [d_o ≥ Q(d_o, r_o)] or
-    [d_n ≤ Q(d_n, r_n)]: the inequalities of the cosine rule, though these are distances (so released, likely a slip).
+    d_o, d_n are the absolute changes of each channel's mean over positions. A channel is kept if d_o ≥ Q(d_o, r_o) or
+    d_n ≤ Q(d_n, r_n). These are the inequalities for cosines, although d_o and d_n are distances: as released, likely a mistake.
 
     Args:
         features: (B, c, h, w).
@@ -186,7 +186,7 @@ def channel_mask(
 
 
 def label_mask(labels: Tensor, num_old: int, size: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`gt`: the new pixels of the label map, bilinearly brought to a tap; soft where a position sees both.
+    """`gt`: the new pixels of the label map, bilinearly resized to a tap; between 0 and 1 at the border of new pixels.
 
     Returns:
         (B, 1, h, w) in [0, 1].

@@ -44,7 +44,7 @@ def make_optimizer(opts: Namespace, groups: list[Group], extra: list[nn.Paramete
     """SGD with Nesterov momentum.
 
     In the official LSKD program λ is a parameter of the head itself, `head.lossweights`, and the parameters of a module come before
-    those of the modules in it: here λ opens the head's group, so that `optimizer_state` numbers the parameters as there.
+    those of the modules in it. λ is therefore the first parameter of the head's group, so that `optimizer_state` has the same numbers.
 
     Args:
         opts: lr_of_step, momentum.

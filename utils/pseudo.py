@@ -1,7 +1,7 @@
-"""Pseudo-labels: what the frozen teacher says of pixels that this step's annotation leaves as background.
+"""Pseudo-labels: predictions of the frozen teacher for pixels that are annotated as background in this step.
 
-"Old pixel" means a label below C_old, so background in the ground truth of a step. All of this happens before the
-losses and without gradient.
+An "old pixel" has a label below C_old, which is background in the ground truth of a step. Everything is computed before the losses and
+without gradient.
 
 Reference:
     Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, section 3.3.
@@ -26,19 +26,19 @@ MODES = ("naive", "confidence", "median", "entropy")
 MEASURES = {"median": "probability", "entropy": "entropy"}
 #: Bins of the histograms that thresholds are read from, unless `--pseudo_nb_bins` says otherwise.
 NUM_BINS = {"probability": 20, "entropy": 100}
-#: Keeps PLOP's adaptive factor finite in an image without old pixels.
+#: Added to the number of old pixels in PLOP's adaptive factor, which is 0 in an image without old pixels.
 DAMPING = 1e-6
-#: `--pseudo_ablation`, for labels that hold the old classes' truth (`--data_masking current+old`).
+#: `--pseudo_ablation`, for labels that contain the old classes (`--data_masking current+old`).
 ABLATIONS = ("corrected_errors", "removed_errors")
 #: `--pseudo_soft`.
 SOFT_MODES = ("soft_certain", "soft_uncertain")
 
 
 class PseudoLabels(NamedTuple):
-    """What relabelling gives.
+    """Result of relabelling.
 
     Attributes:
-        labels: (B, H, W) int64, new classes as annotated, old pixels as the teacher says, or `IGNORE`.
+        labels: (B, H, W) int64, new classes as annotated, old pixels with the class that the teacher predicts, or `IGNORE`.
         valid: (B, H, W) bool, old pixels whose pseudo-label is trusted.
         pixel_weights: (B, H, W) factor of the classification loss, or None for ones.
     """
@@ -49,7 +49,7 @@ class PseudoLabels(NamedTuple):
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy per pixel over the largest it could be, and averaged over classes: −mean_c q_c ln(q_c + 1e-8) / ln(C).
+    """Entropy per pixel divided by its maximum, and averaged over classes: −mean_c q_c ln(q_c + 1e-8) / ln(C).
 
     Args:
         probabilities: (B, C, H, W).
@@ -108,10 +108,10 @@ def measure_pixels(teacher_logits: Tensor, measure: str, num_total: int) -> tupl
 def released_median(counts: Tensor) -> Tensor:
     """The median of each row of a histogram over [0, 1], as the official program reads it.
 
-    It walks the bins up to the first with S ≤ n/2 ≤ S + count, where S grows by the bin's index, and returns
-    left border + (n/2 − S) / count / bins. S ought to grow by the bin's count, so this is the median only where that is
-    in one of the first two bins. Where no bin fits, the last one is used, with S the sum of all indices; if that is
-    empty, the result is an infinity.
+    It takes the first bin with S ≤ n/2 ≤ S + count, where S is the sum of the indices of the bins before it, and returns
+    left border + (n/2 − S) / count / bins. S should be the sum of the counts; the result is therefore the median only if that is
+    in one of the first two bins. If no bin satisfies the condition, the last one is used, with S the sum of all indices; if that
+    bin is empty, the result is an infinity.
 
     Args:
         counts: (C, bins) int64.
@@ -149,7 +149,7 @@ def exact_median(counts: Tensor) -> Tensor:
 
 
 class MedianThresholds:
-    """Collects histograms of the teacher's confidence, one a predicted class, and reads thresholds off them.
+    """Collects a histogram of the teacher's confidence for each predicted class, and computes thresholds from them.
 
     Args:
         num_old: classes of the teacher.
@@ -172,7 +172,7 @@ class MedianThresholds:
 
     @torch.no_grad()
     def update(self, teacher_logits: Tensor, labels: Tensor) -> None:
-        """Counts the background pixels of a batch.
+        """Count the background pixels of a batch.
 
         Args:
             teacher_logits: (B, C_old, H, W).
@@ -190,7 +190,7 @@ class MedianThresholds:
         """The thresholds.
 
         Args:
-            base: `--threshold`: the lowest a threshold on entropy, the highest a threshold on probability can be.
+            base: `--threshold`: the minimum of thresholds on entropy, the maximum of thresholds on probability.
             exact: the true median instead of the released read-out.
             reduce: sums the histograms over processes (returns the sum), or None in one process.
 
@@ -213,7 +213,7 @@ def relabel(
     soft: str | None = None,
     ablation: str | None = None,
 ) -> PseudoLabels:
-    """Gives old pixels the teacher's opinion.
+    """Replace the labels of old pixels by the teacher's predictions.
 
     Args:
         labels: (B, H, W) as annotated.
@@ -223,7 +223,7 @@ def relabel(
             the probability is at least X), `median` (at least its class's threshold), `entropy` (entropy below it).
         thresholds: (C,) from `MedianThresholds`, for `median` and `entropy`.
         soft: `--pseudo_soft` with `entropy`: untrusted old pixels keep their label for the soft loss; `soft_certain`
-            leaves the trusted ones as they are, too.
+            keeps those of trusted pixels too.
         ablation: `corrected_errors` keeps the annotated class on trusted pixels; `removed_errors` ignores trusted
             pixels where the teacher is wrong.
 
@@ -279,7 +279,7 @@ def certain_pixels(labels: Tensor, valid: Tensor, num_old: int, soft: str) -> Te
         soft: `--pseudo_soft`.
 
     Returns:
-        (B, H, W) bool; `IGNORE` pixels count as certain, and cost nothing there.
+        (B, H, W) bool; `IGNORE` pixels count as certain, where their loss is 0.
     """
     certain = labels >= num_old
     return certain | valid if soft == "soft_uncertain" else certain
@@ -293,7 +293,7 @@ def adaptive_factor(
     dtype: torch.dtype = torch.float32,
     damping: float = DAMPING,
 ) -> Tensor:
-    """`--classif_adaptive_factor`: the share of old pixels that are trusted, so that new ones do not drown the rest.
+    """`--classif_adaptive_factor`: the share of old pixels that are trusted, which lowers the loss if few old pixels contribute.
 
     Args:
         valid: (B, H, W) bool, from `relabel`.
@@ -308,7 +308,7 @@ def adaptive_factor(
 
     Reference: PLOP, eq. 11.
     """
-    # The damping is lost in float32 beside a count of pixels, and with it the released number
+    # In float64, because 1e-6 added to a count of pixels has no effect in float32
     trusted = valid.double().sum((1, 2), keepdim=True)
     old = (labels < num_old).double().sum((1, 2), keepdim=True)
     return (trusted / torch.where(old > 0, old + damping, 1.0)).clamp(min=minimum).to(dtype)

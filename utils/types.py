@@ -1,5 +1,5 @@
-"""The structures that every part of the program exchanges: what a forward pass returns, what a loss reads, and what a task is to those
-who only name files after it."""
+"""The structures that the packages exchange: the result of a forward pass, a batch, and the interface of a task for the packages below
+dataset/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Label of pixels that no loss and no metric looks at.
+#: Label of pixels that losses and metrics ignore.
 IGNORE = 255
 
 #: Names of the six feature-distillation taps, in the order of `Taps.features`.
@@ -17,7 +17,7 @@ TAP_NAMES = ("stage1", "stage2", "stage3", "stage4", "pre_logits", "logits")
 
 
 class Taps(NamedTuple):
-    """What one forward pass of the network returns, always.
+    """The result of every forward pass of the network.
 
     Attributes:
         logits: (B, C, H, W) classifier output at the size of the input (bilinear, align_corners=False), at least float32.
@@ -37,7 +37,7 @@ class Taps(NamedTuple):
 
     @property
     def stages(self) -> tuple[Tensor, ...]:
-        """The outputs of the four stages AFTER their activation, computed on demand: few methods look at them."""
+        """The outputs of the four stages AFTER their activation; computed at each access, because few methods use them."""
         return tuple(F.leaky_relu(attention, self.slope) for attention in self.attentions)
 
     @property
@@ -48,18 +48,18 @@ class Taps(NamedTuple):
 
 @dataclass
 class Batch:
-    """One training batch on its way from the data loader to the losses.
+    """One training batch.
 
     Attributes:
         images: (B, 3, H, W) normalised images.
         truth: (B, H, W) int64 labels as the data set gives them (positions in learning order, `IGNORE` = 255).
         labels: (B, H, W) int64 labels after pseudo-labelling; the same tensor as `truth` without pseudo-labels.
         pixel_weights: factor of the classification loss, broadcastable to (B, H, W), or None for ones.
-        pseudo_mask: (B, H, W) bool, pixels that took a confident pseudo-label, or None without pseudo-labels.
+        pseudo_mask: (B, H, W) bool, pixels with a confident pseudo-label, or None without pseudo-labels.
         student: forward pass of the model in training; None before it.
         teacher: forward pass of the frozen model of step t-1; None at step 0, and where no part needs it.
         teacher_views: the six taps of further teacher passes by name, such as LSKD's two erased views.
-        extras: what one hook of a part leaves for a later hook, by name.
+        extras: values that a hook of a part stores for later hooks, by name.
     """
 
     images: Tensor
@@ -74,7 +74,7 @@ class Batch:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def release_taps(self) -> None:
-        """Let go of all taps: after the losses are computed, only their graph needs them."""
+        """Release all taps: after the losses are computed, only their graph needs them."""
         self.student = self.teacher = cast(Taps, None)
         self.teacher_views = {}
 

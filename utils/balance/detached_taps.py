@@ -26,10 +26,10 @@ TapGradients = dict[Tensor, Tensor]
 
 
 class DetachedTaps:
-    """Leaves in the place of a forward pass's taps.
+    """Copies of the taps of a forward pass that are leaves of the graph.
 
     Args:
-        taps: of the student; None leaves the losses connected with the network, each is then differentiated all the way.
+        taps: of the student; with None the losses stay connected to the network and are differentiated down to its parameters.
 
     Attributes:
         taps: what the losses are computed from; a tap that needs no gradient is not detached.
@@ -110,7 +110,7 @@ def mean_gradient(gradients: TapGradients, watched: nn.Parameter) -> Tensor:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """A number whose gradients are known."""
+    """A scalar whose gradients with respect to other tensors are given."""
 
     @staticmethod
     def forward(
@@ -124,7 +124,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total: dict[Tensor, Tensor] = {}
         for gradients, weight in zip(ctx.gradients, (grad * ctx.weights).unbind()):
-            while gradients:  # taken out one by one: they are as large as the taps, and this is where memory is scarce
+            while gradients:  # released one by one: they are as large as the taps, and memory use is highest here
                 tensor, gradient = gradients.popitem()
                 part = weight * gradient
                 total[tensor] = total[tensor].add_(part) if tensor in total else part
@@ -133,7 +133,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def weighted_sum(value: Tensor, gradients: Sequence[TapGradients], weights: Tensor) -> Tensor:
-    """Σ w_i ℓ_i, whose backward pass starts at the taps; it can run once, and empties the gradients.
+    """Σ w_i ℓ_i, whose backward pass starts at the taps. The backward pass can run once, and releases the gradients.
 
     Args:
         value: scalar, the sum itself.

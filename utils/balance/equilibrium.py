@@ -1,10 +1,10 @@
-"""How named loss terms become one loss: a plain sum, or LSKD's weights λ balanced by gradients.
+"""Combination of named loss terms to one loss: a plain sum, or a sum with LSKD's weights λ, which are balanced by gradients.
 
 taps = balancer.detach_taps(taps)   # what the losses are computed from
 ...
 loss = balancer.combine(terms)      # Σ λ_i ℓ_i
 loss.backward()
-balancer.after_backward()           # puts ∂L̃/∂λ where the optimiser finds it
+balancer.after_backward()           # sets ∂L̃/∂λ as the gradient of λ
 ...
 balancer.end_epoch()                # λ rescaled to sum to the number of terms
 """
@@ -24,7 +24,7 @@ from utils.types import Taps
 
 #: Factor of the gradient-equilibrium part of L̃ against its two regularisers.
 EQUILIBRIUM_FACTOR = 10.0
-#: A deeper tap is to weigh at least this much more than the one before it.
+#: The weight of a tap should be at least this many times that of the tap before it.
 DEPTH_RATIO = 1.25
 
 
@@ -34,7 +34,7 @@ class TermSpec(NamedTuple):
     Attributes:
         name: the term's name in the dictionary of losses.
         tap: the tap whose weight W_i measures the term (`SegmentationModel.watched_weights`).
-        group: "A" (what the classifiers see) or "B" (shallow taps); each group is balanced for itself.
+        group: "A" (deep taps and outputs) or "B" (shallow taps); each group is balanced separately.
         depth: place in the chain of taps of increasing depth, or None for terms outside it.
     """
 
@@ -45,7 +45,7 @@ class TermSpec(NamedTuple):
 
 
 class Balancer(Protocol):
-    """Turns the named terms of an iteration into one loss."""
+    """Combines the named terms of an iteration to one loss."""
 
     #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
     needs_partial_backward: bool
@@ -64,7 +64,7 @@ class Balancer(Protocol):
         ...
 
     def after_backward(self) -> None:
-        """Put the gradients of the balancer's own parameters where the optimiser finds them."""
+        """Set the gradients of the balancer's own parameters."""
         ...
 
     def end_epoch(self) -> None:
@@ -180,7 +180,7 @@ class Coefficients(NamedTuple):
 
 
 class GradientEquilibrium:
-    """Regularised gradient equilibrium (RGE): λ is not trained by the loss it weighs.
+    """Regularised gradient equilibrium (RGE): λ is trained by a loss of its own, L̃.
 
     With G_i = λ_i · mean(∂ℓ_i/∂W_i), L_i(0) the value of ℓ_i at the last iteration of epoch 0, and in each group
     ρ_i = (ℓ_i/L_i(0)) / mean over the group, Ḡ = mean of G_i:
@@ -200,8 +200,8 @@ class GradientEquilibrium:
         class_ratio: C_new / C_old.
         dtype: of λ.
 
-    Reference: LSKD (IEEE TIP 2024), regularised gradient equilibrium. The release gives each process its own gradients and
-    losses, and λ drifts apart; here they are averaged over processes first. With one process nothing changes.
+    Reference: LSKD (IEEE TIP 2024), regularised gradient equilibrium. In the release each process uses its own gradients and
+    losses, so that λ becomes different; here they are averaged over processes first. With one process the results are equal.
     """
 
     needs_partial_backward = True
@@ -230,7 +230,7 @@ class GradientEquilibrium:
         self._detached = DetachedTaps()
 
     def _rows_of_groups(self, device: torch.device) -> Tensor:
-        """(n, n) matrix that averages a vector of terms over each group and hands the mean back to its members."""
+        """(n, n) matrix that replaces each entry of a vector over the terms by the mean over the term's group."""
         groups = [term.group for term in self.terms]
         equal = [[float(a == b) for b in groups] for a in groups]
         same = torch.tensor(equal, dtype=self.weights.dtype, device=device)  # n×n
@@ -273,7 +273,7 @@ class GradientEquilibrium:
             others = sum(ordered[len(self.terms) :])
             return (self.weights.detach() * torch.stack(ordered[: len(self.terms)])).sum() + others
         balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
-        # Each loss by itself: the backward pass of one element of a stack would visit the graphs of all
+        # One backward pass for each loss: that of one element of a stack would traverse the graphs of all
         gradients = [self._detached.gradients(loss * gradient_scale) for loss in ordered]
         if any(gradients):
             self._measure(balanced, gradients, gradient_scale)
@@ -310,8 +310,8 @@ class GradientEquilibrium:
     def _ratios(self, losses: Tensor) -> Tensor:
         """ρ_i = (ℓ_i/L_i(0)) / mean of that over the group.
 
-        A term that was absent from the start (no pixel of its kind) has progress 1, a group of which nothing is left has ρ = 1, and a
-        loss below 0 (released --pseudo_soft) counts as 0: no 0/0, and no root of a negative number.
+        To avoid 0/0 and roots of negative numbers: ℓ_i/L_i(0) is 1 for a term that was 0 from the start, ρ is 1 in a group whose
+        losses are all 0, and a negative loss (released --pseudo_soft) counts as 0.
         """
         progress = losses / self.initial_losses
         progress = torch.where(progress.isfinite(), progress, 1.0).clamp(min=0)
