@@ -75,7 +75,7 @@ class Classification(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """Always, but where iCaRL's disjoint loss or ALIFE's takes its place."""
+        """Always, unless iCaRL's disjoint loss or ALIFE's loss replaces it."""
         replaced = (opts.icarl and opts.icarl_disjoint) or opts.ali_factor is not None
         return not (replaced and task.step > 0)
 

@@ -6,7 +6,7 @@ stride 1 and with zero padding that the average counts:
     spatial   mean over taps of φ · mean over k ∈ SIDES of D(P_k(a²), P_k(b²))
     channel   mean over taps without the logits of ψ · D(Q(a²), Q(b²))
 
-D is the mean over images of the Euclidean distance. Both averages are linear, so that they are taken of a² − b² at once.
+D is the mean over images of the Euclidean distance. Both averages are linear, so that the difference a² − b² is averaged.
 
 Reference: Zhang et al., "Representation Compensation Networks for Continual Semantic Segmentation", CVPR 2022, section 3.4.
 """
@@ -107,5 +107,5 @@ def _pool_square(x: Tensor, side: int) -> Tensor:
 
 
 def _mean_norm(x: Tensor) -> Tensor:
-    """Mean over images of the Euclidean norm of everything else."""
+    """Mean over images of the Euclidean norm over all other dimensions."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).mean()

@@ -1,8 +1,8 @@
-"""How far two feature maps are apart in local POD, without building an embedding.
+"""Distance of two feature maps in local POD, without computing the embeddings.
 
-Local POD is linear in its squared input, so the difference of the squared maps is pooled, once, in the finest cells.
-Sums of coarser cells are sums of those, which turns the squared distance into a small quadratic form: with R (f, n)
-the sums over the columns of each of the f finest cells and C (f, n) those over the rows,
+Local POD is linear in its squared input, so the difference of the squared maps is pooled once, in the cells of the finest scale.
+The sums of coarser cells are sums of these, and the squared distance is a quadratic form: with R (f, n) the sums over the
+columns of each of the f finest cells and C (f, n) those over the rows,
 
     distance² = Σ R ∘ (Q R) / w² + Σ C ∘ (Q C) / h²,    Q_ij = Σ over scales s of s² [cells i and j lie in one cell of s].
 
@@ -32,12 +32,12 @@ PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def cell_size(features: Tensor, scale: int) -> tuple[int, int]:
-    """Height and width of a cell of the scale×scale grid; cells start at 0, a remainder on the far side is unused."""
+    """Height and width of a cell of the scale×scale grid; rows and columns at the end that fill no cell are unused."""
     return features.shape[-2] // scale, features.shape[-1] // scale
 
 
 def usable_scales(features: Tensor, scales: Sequence[int]) -> list[int]:
-    """The scales whose cells hold at least one pixel: a map of 3×3 has no 4×4 grid."""
+    """The scales whose cells have at least one pixel: a map of 3×3 has no 4×4 grid."""
     return [scale for scale in scales if scale <= min(features.shape[-2:])]
 
 
@@ -56,7 +56,7 @@ def column_sums(features: Tensor, scale: int) -> Tensor:
 
 
 def masked_weight(mask: Tensor | None, prepro: str) -> Tensor | None:
-    """What multiplies a preprocessed map whose input would be multiplied by a mask ≥ 0."""
+    """The factor of the preprocessed map that has the same effect as a mask ≥ 0 on the map itself."""
     return mask.square() if mask is not None and prepro == "pow" and mask.dtype != torch.bool else mask
 
 
@@ -69,7 +69,7 @@ def preprocessed_difference(teacher: Tensor, student: Tensor, prepro: str, mask:
 
 @lru_cache(maxsize=64)
 def _nesting(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix Q (f, f) of the module's text."""
+    """The matrix Q (f, f) of the module's docstring."""
     finest = max(scales)
     cell = torch.arange(finest)
     together = [scale**2 * (cell[:, None] * scale // finest == cell * scale // finest) for scale in scales]
@@ -78,15 +78,15 @@ def _nesting(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 @lru_cache(maxsize=64)
 def _pooling(finest: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(width, f) zeros and ones: which finest cell a column lies in."""
+    """(width, f) zeros and ones: the finest cell of each column."""
     return torch.eye(finest, dtype=dtype).repeat_interleave(width // finest, 0).to(device)
 
 
 class _NestedDistance(torch.autograd.Function):
     """`pod_distance` for squared maps whose cells nest.
 
-    Written by hand because it needs one buffer of the map's size in each direction, where autograd needs about five,
-    and because the memory layout decides which sums are fast.
+    It has its own backward pass, which needs one buffer of the size of the map in each direction, where autograd needs about
+    five; and it chooses the order of the sums by the memory layout, which determines their speed.
     """
 
     @staticmethod
@@ -143,7 +143,7 @@ class _NestedDistance(torch.autograd.Function):
 
 
 def _direct_distance(difference: Tensor, scales: Sequence[int]) -> Tensor:
-    """The distance from a difference of preprocessed maps, every scale pooled on its own."""
+    """The distance from a difference of preprocessed maps, with each scale pooled separately."""
     norms = []
     for scale in scales:
         kh, kw = cell_size(difference, scale)
@@ -161,8 +161,8 @@ def pod_distance(
 ) -> Tensor:
     """L2 distance between the local POD embeddings of two feature maps.
 
-    Exact for every size: where the finest scale does not divide the map, cells of different scales do not nest, and
-    each scale is pooled on its own.
+    Exact for every size: if the finest scale does not divide the map, cells of different scales do not nest, and each scale
+    is pooled separately.
 
     Args:
         teacher: (B, c, h, w), a constant.

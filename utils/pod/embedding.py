@@ -1,7 +1,7 @@
-"""POD, pooled-outputs distillation: how a feature map is summarised, and how far two summaries are apart.
+"""POD, pooled outputs distillation: embeddings of a feature map by pooling, and distances of two embeddings.
 
-Local POD is PLOP's and LSKD's way to compare two taps; spatial and global POD are its relatives. Every embedding here
-is linear in its (already squared) input, so the two maps are subtracted first and only the difference is pooled.
+PLOP and LSKD compare taps by local POD; spatial and global POD pool differently. Every embedding is linear in its (already
+squared) input, so the two maps are subtracted first and only the difference is pooled.
 
 Reference:
     Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning", ECCV 2020, eq. 4-6.
@@ -30,7 +30,7 @@ from utils.runtime.amp import at_least_float32
 
 
 def _local_parts(features: Tensor, scales: Sequence[int]) -> list[Tensor]:
-    """Local POD, one embedding a scale, cells in row-major order, in each first the rows' then the columns' means."""
+    """Local POD, one embedding per scale: cells in row-major order, and for each cell the means of its rows, then of its columns."""
     parts = []
     for scale in usable_scales(features, scales):
         kh, kw = cell_size(features, scale)
@@ -93,7 +93,7 @@ def _embed(features: Tensor, tap: TapOptions) -> Tensor:
 
 
 def embedding_distance(teacher: Tensor, student: Tensor, tap: TapOptions, mask: Tensor | None = None) -> Tensor:
-    """Distance per image between two taps in any of the ways `--pod_options` can ask for.
+    """Distance per image between two taps, as `--pod_options` defines it.
 
     Args:
         teacher: (B, c, h, w).

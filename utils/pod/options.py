@@ -1,4 +1,4 @@
-"""`--pod_options` and its companions, read once and checked: which embedding each tap gets, and how it is compared."""
+"""`--pod_options` and the related options, parsed and checked: the embedding of each tap, and how it is compared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CHOICES = {
 
 
 def _known(given: Any, keys: set[str], place: str) -> None:
-    """Refuses what is not a JSON object, or has a key that is not known."""
+    """Refuse a value that is not a JSON object, and unknown keys."""
     if not isinstance(given, Mapping):
         raise UserError(f"{place} is {given!r}; it must be a JSON object with keys out of {', '.join(sorted(keys))}.")
     for key in given:
@@ -65,7 +65,7 @@ class TapOptions:
         spp_scales: sides of the grids of cells (`--spp_scales`).
         norm: scale each embedding to length 1.
         normalize_per_scale: False; True: divide a scale by its number of cells; `spm`: spatial pyramid weights.
-        extra_channels: what to do with the student's new-class logits, `sum` or `trim`.
+        extra_channels: how the student's logits of new classes are used, `sum` or `trim`.
         use_adaptative_factor: weight each image by its share of old pixels.
         difference_function: `frobenius`, `l1`, `kl`, `bce`.
     """
@@ -101,7 +101,7 @@ class TapOptions:
 
 
 class TapPlace(NamedTuple):
-    """What depends on where a tap lies: background mask, its factor, and whether the map is enlarged first."""
+    """Settings by the position of a tap: background mask, its factor, and whether the map is enlarged first."""
 
     background_mask: bool
     downscale: bool
@@ -111,7 +111,7 @@ class TapPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class PodOptions:
-    """Everything the POD terms of a step need.
+    """All settings of the POD terms of a step.
 
     Attributes:
         before: options of all taps but the last.
@@ -119,7 +119,7 @@ class PodOptions:
         apply: `all`, `backbone` (the four stages) or `deeplab` (the taps after them) (`--pod_apply`).
         deeplab_mask: keep only old pixels in the last tap, or in all if `mask_position` is `all`.
         deeplab_mask_factor: factor of masked taps, or None for theirs.
-        deeplab_mask_downscale: bring the mask to the tap, not the tap to the mask.
+        deeplab_mask_downscale: resize the mask to the tap, not the tap to the mask.
         mask_position: `last` or `all`.
         interpolate_last: enlarge the last tap to the labels' size first (`--pod_interpolate_last`).
     """
@@ -146,7 +146,7 @@ class PodOptions:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, default: TapOptions | None = None, **rest: Any) -> PodOptions:
-        """Reads `--pod_options`.
+        """Parse `--pod_options`.
 
         Args:
             options: the decoded JSON: `{"switch": {"before": {…}, "after": {…}, "mask_position": …,
@@ -189,7 +189,7 @@ class PodOptions:
         return not masked_off and (self.apply == "all" or in_backbone == (self.apply == "backbone"))
 
     def at(self, index: int, last: int) -> TapPlace:
-        """What the place of tap `index` asks for."""
+        """The settings for the position of tap `index`."""
         masked = self.deeplab_mask and (index == last or self.mask_position == "all")
         return TapPlace(
             masked, self.deeplab_mask_downscale, self.deeplab_mask_factor, self.interpolate_last and index == last

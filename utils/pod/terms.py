@@ -1,4 +1,4 @@
-"""The POD terms of a forward pass: each tap of teacher and student brought to one shape, its distance taken, its factor applied.
+"""The POD terms of a forward pass: the taps of teacher and student are brought to equal shapes and compared.
 
 Reference:
     Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, eq. 3-6.
@@ -19,12 +19,12 @@ from utils.runtime.amp import at_least_float32
 
 
 def fold_extra_channels(student: Tensor, num_old: int, how: str = "sum") -> Tensor:
-    """The student's (B, C, h, w) logits in the teacher's num_old channels.
+    """The student's (B, C, h, w) logits with the num_old channels of the teacher.
 
     Args:
         student: (B, C, h, w) with C ≥ num_old.
         num_old: channels of the teacher.
-        how: `sum` adds the new classes to the background, `trim` cuts them off.
+        how: `sum` adds the new classes to the background, `trim` removes them.
 
     Returns:
         (B, num_old, h, w).
@@ -65,8 +65,8 @@ def _background_only(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both taps and a mask that keeps old pixels, at one size (`--pod_deeplab_mask`).
 
-    With `downscale` the mask comes to the tap; else the largest channel of each tap is enlarged to the labels, one
-    channel because all of them at image size would not fit.
+    With `downscale` the mask is resized to the tap. Otherwise the maximum over the channels of each tap is resized to the labels;
+    all channels at this size would not fit into memory.
     """
     if downscale:
         kept = F.interpolate(old, size=student.shape[-2:])
@@ -98,7 +98,7 @@ def align_tap(
         student: (B, C, h, w) of the model in training.
         mask: as in `utils.loss.mask_guided_distillation`, or None.
         tap: options of this tap.
-        place: what its place among the taps asks for.
+        place: settings for the position of the tap.
         labels: (B, H, W), needed by background masks, adaptive factors and `interpolate_last`.
         num_old: number of old classes, needed by background masks and adaptive factors.
 

@@ -1,4 +1,4 @@
-"""Mixed precision behind the official `--opt_level`, with torch.amp, or with NVIDIA's apex where the user asks for it.
+"""Mixed precision for the official `--opt_level`, by torch.amp, or by NVIDIA's apex with `--amp_backend apex`.
 
 | --opt_level | here |
 | --- | --- |
@@ -23,9 +23,9 @@ INITIAL_SCALE = 2.0**16
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32: half precision is widened, float32 and float64 pass through untouched.
+    """The tensor in at least float32: half precision is converted to float32, float32 and float64 are returned unchanged.
 
-    Losses call this on network outputs, because a sum over 10^5 pixels leaves the range of float16.
+    Losses call this on outputs of the network, because a sum over 10^5 pixels exceeds the range of float16.
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -63,7 +63,7 @@ class Precision:
         return torch.float16 if device.type == "cuda" else torch.bfloat16
 
     def describe(self, opt_level: str) -> str:
-        """One line that says what the official level means here."""
+        """One line for the log: what the official level means in this program."""
         if self.dtype is None:
             return "precision: float32 (O0)"
         name = str(self.dtype).removeprefix("torch.")
@@ -83,16 +83,16 @@ class Precision:
 
     @property
     def gradient_scale(self) -> float:
-        """Scale under which small float16 gradients survive; 1 without a scaler."""
+        """Factor by which small float16 gradients are kept from becoming 0; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
     @property
     def allows_fused_step(self) -> bool:
-        """Not with a scaler: torch's fused SGD allocates its momentum without filling it, and keeps that if the first step overflows."""
+        """False with a scaler: if the first step overflows, torch's fused SGD keeps momenta that were allocated and not initialised."""
         return not self.scaler.is_enabled()
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Backward pass that leaves true, unscaled gradients behind."""
+        """Backward pass, after which the gradients are unscaled."""
         self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
@@ -113,7 +113,7 @@ class Precision:
 
 
 class ApexPrecision(Precision):
-    """The same through NVIDIA's apex, for those who must repeat a run of the official program on its own arithmetic."""
+    """Mixed precision by NVIDIA's apex, to repeat a run of the official program with the same arithmetic."""
 
     def __init__(self, opts: Namespace, device: torch.device):
         from apex import amp  # an optional dependency, present only where the user built it

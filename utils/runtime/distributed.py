@@ -1,4 +1,4 @@
-"""One interface for one process and for many: the rest of the program never asks torch.distributed directly.
+"""One interface for one process and for several; the rest of the program does not call torch.distributed.
 
 Processes are started by torchrun or torch.distributed.launch (RANK, WORLD_SIZE and LOCAL_RANK in the environment); without
 them the program is one process and every function here is the identity.
@@ -19,19 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
-#: A process that waits longer than this for the others gives up with an error; none hangs for ever. A process that died is noticed
-#: at once (gloo) or taken down by the launcher (nccl); this is longer than the main process's first scan of a large data set.
+#: A process that waits longer than this for the others ends with an error. It is longer than the main process's first scan of a large
+#: data set. That another process died is noticed earlier: at once with gloo, and with nccl the launcher ends all processes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
-#: The same before they have met, when none has begun to work: a process that was not started will not come.
+#: The same while the processes join at the start; no process works on anything then.
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
-#: What the back ends say when another process is gone or out of reach.
+#: Parts of the messages of the back ends if another process is gone or cannot be reached.
 _PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "remote process")
 
 
 class SharedError(UserError):
-    """A user's error that all processes know of: the main process alone speaks of it."""
+    """A user's error that all processes have; the main process alone prints it."""
 
 
 def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
@@ -39,7 +39,7 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        local_rank: the official `--local_rank`; the environment's LOCAL_RANK wins over it.
+        local_rank: the official `--local_rank`; LOCAL_RANK in the environment has priority.
 
     Returns:
         The device this process computes on.
@@ -73,7 +73,7 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def _number(variable: str, default: int) -> int:
-    """A number that the launcher left in the environment."""
+    """A number in an environment variable of the launcher."""
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal():
         raise UserError(f"{variable}={text!r} in the environment is not a number; unset it or start with torchrun")
@@ -81,7 +81,7 @@ def _number(variable: str, default: int) -> int:
 
 
 def _check_environment() -> None:
-    """Refuse several processes that could not find each other."""
+    """Refuse environment variables with which several processes could not join."""
     world, variables = _number("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in variables if not os.environ.get(name)]
     if missing or _number("RANK", 0) >= world or _number("MASTER_PORT", 0) > 65535:
@@ -140,7 +140,7 @@ def first_here() -> bool:
 
 
 def should_print(error: Exception) -> bool:
-    """Whether this process prints an error: one that all processes have is printed once, one of its own by the process itself.
+    """Whether this process prints an error. An error of all processes is printed once, that of one process by this process.
 
     Before the processes have joined, all processes of a machine have the same errors: those of the command line.
     """
@@ -150,7 +150,7 @@ def should_print(error: Exception) -> bool:
 
 
 def peer_lost(error: Exception) -> bool:
-    """Whether an exception says that another process is gone, or never came."""
+    """Whether an exception says that another process is gone or did not start."""
     if isinstance(error, dist.DistError):
         return True
     return active() and any(sign in str(error).lower() for sign in _PEER_LOST)
@@ -172,7 +172,7 @@ def mean_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Give the main process's values of tensors to all processes, in place; tensors of one type travel in one message."""
+    """Give the main process's values of tensors to all processes, in place; tensors of one type are sent in one message."""
     if not active():
         return
     by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -191,7 +191,7 @@ def broadcast_module(module: nn.Module) -> None:
 
 
 def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process: how all of them agree to stop together."""
+    """Whether the flag is set on any process."""
     if not active():
         return flag
     votes = torch.tensor([int(flag)], device=device)
@@ -209,9 +209,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main(action: Callable[[], Any], local: bool = False) -> Any:
-    """Run an action on the main process and hand its result, or its error, to all of them.
+    """Run an action on the main process and give its result, or its error, to all processes.
 
-    Without this a user's error found by one process (a checkpoint that cannot be written, say) would leave the others waiting.
+    Otherwise the other processes would wait if the main process ended with an error, such as a checkpoint that cannot be written.
 
     Args:
         action: called without arguments on rank 0.
@@ -240,10 +240,10 @@ def on_main(action: Callable[[], Any], local: bool = False) -> Any:
 
 
 def run_on_all(action: Callable[[], Any]) -> Any:
-    """Run an action on every process; an error of one is an error of all, so that none waits for one that has given up.
+    """Run an action on every process; an error on one is raised on all, so that no process waits for one that has ended.
 
     Args:
-        action: called without arguments; must not talk to the other processes.
+        action: called without arguments; must not communicate with the other processes.
 
     Returns:
         What the action returned on this process.
@@ -265,5 +265,5 @@ def run_on_all(action: Callable[[], Any]) -> Any:
 
 
 def max_over_ranks(number: int) -> int:
-    """The highest of the processes' numbers: how all of them agree on a stop request."""
+    """The highest number of all processes, such as the signal of a stop request."""
     return max(gather_objects(number))

@@ -1,4 +1,4 @@
-"""When a loss counts as diverging, and the state of the training before it did."""
+"""Detection of a diverging loss, and the state of the training before it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 
-#: A total loss diverges when it exceeds this many times that of the step's first iteration ...
+#: A loss diverges if the total exceeds this many times that of the step's first iteration.
 FACTOR = 100.0
-#: ... which counts as one of these, if it lies outside them.
+#: Bounds of that first total: a lower one counts as the first, a higher one as the second.
 LEAST_REFERENCE, GREATEST_REFERENCE = 1.0, 1000.0
 
 
 class DivergenceWatch:
-    """Notices when the total loss of a step leaves the range in which it began.
+    """Detects that the total loss of a step diverges.
 
-    An iteration diverges if |total| > 100 · r, where r is |total| of the step's first iteration, at least 1 and at most 1000. The loss
-    of a training that learns stays far below that; one above it is finite, but its next steps destroy the weights.
+    It diverges in an iteration if |total| > 100 · r, where r is |total| of the step's first iteration, at least 1 and at most 1000. A
+    training that converges stays far below that. A loss above it is still finite, but the next steps destroy the weights.
 
     Attributes:
         reference: |total| of the first iteration; None before it.
-        warned: whether the user was told in this step.
+        warned: whether the warning of this step was logged.
         values: losses of the iteration in which the loss began to diverge; empty while it does not.
         state: state of the trainer before that iteration; None while the loss does not diverge.
     """
@@ -32,7 +32,7 @@ class DivergenceWatch:
         self.state: dict[str, Any] | None = None
 
     def begins(self, values: dict[str, float]) -> bool:
-        """Look at an iteration.
+        """Check an iteration.
 
         Args:
             values: finite losses by name, the total as "loss".

@@ -1,4 +1,4 @@
-"""What ends the program, and what it then says."""
+"""Exit codes and the message with which the program ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss term is NaN or infinite and the run is not told to tolerate it."""
+    """A loss term is NaN or infinite, more often than `--skip_nonfinite` allows."""
 
 
 def report(error: Exception, debug: bool) -> int | None:
-    """Say on stderr, once over all processes, why the program ends.
+    """Print on stderr, once over all processes, why the program ends.
 
     Args:
-        error: what ended it.
-        debug: print where it was raised, too.
+        error: the exception that ends it.
+        debug: also print the traceback.
 
     Returns:
-        The exit code; None for an error that only a bug explains.
+        The exit code; None for a bug, which is to be raised.
     """
     said, code = distributed.is_main(), NON_FINITE
     text = f"error: {error}"
@@ -34,7 +34,7 @@ def report(error: Exception, debug: bool) -> int | None:
         text, code = f"{error}; the same command with --resume continues", error.exit_code
     elif isinstance(error, (UserError, OSError)):
         said, code = distributed.should_print(error), USER_ERROR
-        # An error of a worker process that loads data brings a traceback, whose last line is the message.
+        # The text of an error of a process that loads data is a traceback, whose last line is the message.
         last_line = re.compile(rf"\n[\w.]*{type(error).__name__}: ")
         text = f"error: {last_line.split(str(error))[-1].strip()}"
     elif lack := memory.shortage(error):

@@ -1,4 +1,4 @@
-"""What to say when the memory of the machine or of the GPU is full: torch says it in a dozen ways, none of them to a user."""
+"""Messages for the user if the memory of the machine or of the GPU is full, which torch reports in many ways."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from utils.errors import UserError
 
-#: Words of the errors by which torch says that memory is full, or that the system ended a process for it.
+#: Parts of the messages of torch if memory is full, or if the system ended a process because of that.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def shortage(error: BaseException) -> str:
-    """A sentence about an error that full memory, or a process that loads data, explains.
+    """A sentence about an error whose cause is full memory or a process that loads data.
 
     Args:
         error: what ended the program.
@@ -29,13 +29,13 @@ def shortage(error: BaseException) -> str:
             "lower --num_workers, then repeat the command with --resume"
         )
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in text for sign in _SIGNS):
-        return "the memory is full; lower --batch_size or --crop_size, or use --opt_level O1 (--trial_batch tells before the work)"
+        return "the memory is full; lower --batch_size or --crop_size, or use --opt_level O1 (--trial_batch checks this at the start)"
     return ""
 
 
 @contextlib.contextmanager
 def trial(batch_size: int, pixels: int) -> Iterator[None]:
-    """Tell a user whose trial batch does not fit into the memory, of whatever device.
+    """Context that turns errors about full memory, of any device, into a UserError about the trial batch.
 
     Args:
         batch_size: images of a batch.

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT as a request: the iteration is finished, the state saved, and the program ends. A second one ends it at once."""
+"""Stop requests by SIGTERM and SIGINT: the iteration is finished, the state is saved, and the program ends. A second signal ends it at
+once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from utils.runtime import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-#: A launcher hands on the signal that the whole process group got already: within this time the second is not another request.
+#: A launcher forwards the signal that the whole process group got already: within this time a second signal is the same request.
 FORWARDING_SECONDS = 5.0
 
 
@@ -49,7 +50,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def raise_together(self) -> None:
-        """End a stretch without a state to save, where any process was asked to stop; all processes call it.
+        """Stop all processes if any of them got a stop request; all processes must call this. No state is saved.
 
         Raises:
             Stopped: on all processes.
