@@ -30,7 +30,7 @@ from dataset.tasks import Task
 from modules.backbones import BACKBONES
 from utils import scheduler
 from utils.errors import UserError
-from utils.options import checks, config
+from utils.options import checks, config, stored
 from utils.options.flags import OFFICIAL_METHODS
 from utils.options.groups import add_switch, option_group
 from utils.options.rules import Rules
@@ -139,6 +139,24 @@ def check(opts: argparse.Namespace) -> None:
         raise UserError(f"--method {opts.method} is not built in this version; choose one of {', '.join(built)}")
     checks.check_all(opts, all_rules())
     _check_task(opts)
+
+
+def restore(options: Mapping[str, Any], path: Path) -> argparse.Namespace:
+    """The options that a checkpoint holds, as far as `check` can judge them without the data.
+
+    Args:
+        options: of the checkpoint.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UserError: a value that no command line gives.
+    """
+    opts = stored.restore(build_parser(), options, path)
+    try:
+        checks.check_values(opts, all_rules())
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    return opts
 
 
 def notes(opts: argparse.Namespace) -> list[str]:

@@ -136,6 +136,13 @@ def read_pair(image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
     return _colours(image, image_path), np.array(mask)
 
 
+def read_picture(path: str) -> np.ndarray:
+    """A picture without a mask, upright as its EXIF orientation says: (H, W, 3) uint8; UserError that names the file."""
+    image = open_image(path, None)
+    _decode(image, path, "image")
+    return _colours(ImageOps.exif_transpose(image), path)
+
+
 def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode: bool) -> tuple[list[int], str]:
     """The ids in a mask, and what is wrong with it or its image ("" if nothing).
 

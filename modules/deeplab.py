@@ -88,7 +88,9 @@ class DeeplabV3(nn.Module):
         if (height, width) == tuple(x.shape[2:]):
             pooled = x.mean((2, 3), keepdim=True)
         else:
-            pooled = F.avg_pool2d(x, (height, width), stride=1)  # (B, c, h - height + 1, w - width + 1)
+            # One axis after the other: height + width additions for each value instead of height · width
+            pooled = F.avg_pool2d(F.avg_pool2d(x, (height, 1), stride=1), (1, width), stride=1)
+            # (B, c, h - height + 1, w - width + 1)
         pooled = self.pool_red_conv(self.global_pooling_bn(self.global_pooling_conv(pooled)))
         if pooled.shape[2:] == (1, 1):
             return pooled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,3 +42,26 @@ def upsampling_mass(small: torch.Size | tuple[int, int], large: torch.Size | tup
     """
     rows, columns = (cpu_kernels.upsampling_matrix(a, b, torch.float64).sum(1) for a, b in zip(small, large))
     return torch.outer(rows, columns).to(like)
+
+
+def upsample_bands(logits: Tensor, size: tuple[int, int], rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The result of `upsample` in bands of rows, for maps that are too large as a whole.
+
+    Args:
+        logits: (C, h, w) in float32 or float64.
+        size: H, W.
+        rows: greatest height of a band.
+
+    Yields:
+        Number of the first row, and (C, rows, W); the same values as of the whole map but for rounding.
+    """
+    (height, width), dtype = logits.shape[1:], logits.dtype
+    matrix = cpu_kernels.upsampling_matrix.__wrapped__  # of sizes that may not come again: not kept
+    down = matrix(height, size[0], dtype).T.to(logits.device)  # (H, h)
+    right = matrix(width, size[1], dtype).to(logits.device)  # (w, W)
+    for start in range(0, size[0], rows):
+        band = down[start : start + rows]
+        used = band.any(dim=0).nonzero()  # the few rows of the map that the band is made of
+        first, last = int(used[0]), int(used[-1]) + 1
+        wide = logits[:, first:last].contiguous() @ right  # (C, last - first, W)
+        yield start, band[:, first:last] @ wide  # (C, rows, W)

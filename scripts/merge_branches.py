@@ -42,7 +42,7 @@ def merge(path: Path, target: Path) -> None:
     network = state.get("options", {}).get("rcil_network")
     if network != DOUBLED:
         raise UserError(f"{path} was trained with --rcil_network {network}: it has no two branches; name one of RCIL")
-    model, _ = load(path)
+    model = load(path).model
     for layer in layers_of(model).values():
         layer.make_plain()
     content = {key: state[key] for key in KEPT if key in state}

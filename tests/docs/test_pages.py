@@ -10,7 +10,7 @@ import pytest
 
 import argparser
 import methods
-from scripts import study
+from scripts import predict, study
 from scripts.benchmark import __main__ as benchmark
 from tests.stress import fault_injection
 from tests.support.paths import ROOT
@@ -131,6 +131,7 @@ PARSERS = {
     "run.py": argparser.parse,
     "scripts/study.py": lambda words: argparser.parse(study.parse(words).words),
     "scripts/benchmark": benchmark.parse,
+    "scripts/predict.py": predict.parse,
     "tests/stress/fault_injection.py": fault_injection.parse,
 }
 

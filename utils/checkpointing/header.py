@@ -31,7 +31,7 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
     try:
         json.dumps([described, options])
         check_history(history)
-        known = (described is None and not own) or (isinstance(described, dict) and set(described) == DESCRIPTION)
+        known = (described is None and not own) or (isinstance(described, dict) and _is_description(described))
         counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
         counted = counted and isinstance(state.get("iterations", 0), int)
         plain = (
@@ -46,6 +46,17 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         raise UserError(
             f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
         )
+
+
+def _is_description(described: dict[str, Any]) -> bool:
+    """Whether a dictionary is one that `describe` returns: of a step, with the class ids of all steps up to it."""
+    if set(described) != DESCRIPTION or not all(isinstance(described[key], str) for key in ("dataset", "name")):
+        return False
+    step, steps = described["step"], described["steps"]
+    if type(step) is not int or not isinstance(steps, list) or not 0 <= step == len(steps) - 1:
+        return False
+    ids = [class_id for ids in steps for class_id in (ids if isinstance(ids, list) and ids else [None])]
+    return all(type(class_id) is int and 0 <= class_id <= 255 for class_id in ids) and len(set(ids)) == len(ids)
 
 
 def describe(task: TaskLike) -> dict[str, Any]:

@@ -64,10 +64,25 @@ def check_all(opts: Namespace, rules: Sequence[Rules]) -> None:
     Raises:
         UserError: the first fault found; names the flag, its value and the remedy.
     """
-    for check in (_numbers, _choices, _own_checks, _one_of, _requires, _exclusive, _nothing_at_step_0):
+    check_values(opts, rules)
+    for check in (_one_of, _requires, _exclusive, _nothing_at_step_0):
         check(opts, rules)
     for check_shared in (_texts, _steps, _precision, _paths):
         check_shared(opts)
+
+
+def check_values(opts: Namespace, rules: Sequence[Rules]) -> None:
+    """Run the checks of single values: numbers within their ranges, known words.
+
+    Args:
+        opts: the parsed command line, or the options of a checkpoint.
+        rules: as for `check_all`.
+
+    Raises:
+        UserError: names the flag, its value and the remedy.
+    """
+    for check in (_numbers, _choices, _own_checks):
+        check(opts, rules)
 
 
 def check_class_incremental(opts: Namespace) -> None:

@@ -49,10 +49,7 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
         DistError: not all processes came within `RENDEZVOUS_TIMEOUT`.
     """
     local_rank = _number("LOCAL_RANK", local_rank)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
-        )
+    check_device(device)
     use_cuda = torch.cuda.is_available() and device != "cpu"
     here = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))
     if use_cuda and here > torch.cuda.device_count():
@@ -70,6 +67,18 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
         backend = "nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank_, world_size=world, timeout=COLLECTIVE_TIMEOUT)
     return chosen
+
+
+def check_device(device: str) -> None:
+    """Refuse `--device cuda` where there is none.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
+        )
 
 
 def _number(variable: str, default: int) -> int:

@@ -1,0 +1,108 @@
+"""Class maps of large images: the network sees them tile by tile, and logits are upsampled band by band.
+
+A tile is cut so that its cells lie where those of the whole image would lie, and the small logits of all tiles are joined to those of
+the whole image before they are upsampled. Where a cell sees the same pixels in its tile as in the whole image, the result is the same
+but for rounding. Near a seam it is not quite: a tile is padded where the image would go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modules.upsample import upsample_bands
+
+#: Values of logits that are upsampled at a time, 64 MB in float32.
+_BAND = 1 << 24
+
+
+class Tiling(NamedTuple):
+    """How an image is cut.
+
+    Attributes:
+        side: greatest side of a tile in pixels; a larger image is cut.
+        overlap: least number of pixels that neighbouring tiles share, below `side`. The seam is in its middle.
+        stride: pixels a cell of the small logits, which divides `side` and `overlap`.
+    """
+
+    side: int
+    overlap: int
+    stride: int
+
+
+class Span(NamedTuple):
+    """A tile along one axis, in cells: where it begins and ends, and the part of it that is used."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def spans(length: int, tiling: Tiling) -> list[Span]:
+    """The tiles along an axis: as few as possible, of equal length, each used to the middle of its overlap with the next.
+
+    Args:
+        length: of the axis, in pixels.
+        tiling: how to cut.
+    """
+    cells, overlap = -(-length // tiling.stride), tiling.overlap // tiling.stride
+    side = tiling.side // tiling.stride
+    count = max(1, -(-(cells - overlap) // (side - overlap)))
+    size = -(-(cells + (count - 1) * overlap) // count)
+    starts = [min(number * (size - overlap), max(cells - size, 0)) for number in range(count)]
+    seams = [(start + size + following) // 2 for start, following in pairwise(starts)]
+    return [
+        Span(start, min(start + size, cells), first, last)
+        for start, first, last in zip(starts, [0, *seams], [*seams, cells])
+    ]
+
+
+def joined_logits(small_logits: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling) -> Tensor:
+    """Small logits of an image, from those of its tiles.
+
+    Args:
+        small_logits: from pixels (3, H, W) of the type of `image` to logits (C, ceil(H/stride), ceil(W/stride)).
+        image: (3, H, W).
+        tiling: how to cut.
+
+    Returns:
+        (C, ceil(H/stride), ceil(W/stride)).
+    """
+    rows, columns = (spans(length, tiling) for length in image.shape[1:])
+    stride, joined = tiling.stride, None
+    for row in rows:
+        for column in columns:
+            top, left = row.start * stride, column.start * stride
+            tile = small_logits(image[:, top : row.stop * stride, left : column.stop * stride])
+            if joined is None:
+                joined = tile.new_empty(len(tile), rows[-1].stop, columns[-1].stop)
+            cut = tile[
+                :,
+                row.first - row.start : row.last - row.start,
+                column.first - column.start : column.last - column.start,
+            ]
+            joined[:, row.first : row.last, column.first : column.last] = cut
+    assert joined is not None
+    return joined
+
+
+def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most likely channel of every pixel, without the upsampled logits of the whole image in the memory.
+
+    Args:
+        logits: (C, h, w) in at least float32, C up to 256.
+        size: H, W.
+
+    Returns:
+        (H, W) uint8 on the CPU.
+    """
+    classes = torch.empty(size, dtype=torch.uint8)
+    rows = max(1, _BAND // (len(logits) * size[1]))
+    for start, band in upsample_bands(logits, size, rows):
+        classes[start : start + band.shape[1]] = band.argmax(dim=0).to(torch.uint8).cpu()
+    return classes
