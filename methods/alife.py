@@ -115,25 +115,30 @@ class AdaptiveLogitRegulariser(Part):
         return [TermSpec("ce"), TermSpec("ali"), TermSpec("kd")]
 
     def remedies(self) -> dict[str, str]:
-        """The regulariser has no lower bound where a class is absent from the teacher's opinion."""
+        """The factor of the regulariser."""
         return {"ali": "lower --lr or --ali_factor"}
 
 
-class Rotation(Phase):
-    """Stage 2: rotations of the old classes' features, on what the images of this step show of them.
+class MemoryPhase(Phase):
+    """A phase after the training, the network in evaluation mode.
 
     Args:
         opts, task: as for `Phase`.
-        memory: the part whose memory is rotated.
+        memory: the part whose memory is rotated or replayed.
     """
 
-    name = "rotation"
     when = "after"
     training_mode = False
 
     def __init__(self, opts: Namespace, task: Task, memory: FeatureReplay):
         super().__init__(opts, task)
         self.memory = memory
+
+
+class Rotation(MemoryPhase):
+    """Stage 2: rotations of the old classes' features, on what the images of this step show of them."""
+
+    name = "rotation"
 
     @property
     def epochs(self) -> int:
@@ -192,21 +197,10 @@ class Rotation(Phase):
         self.values.data.copy_(state["values"])
 
 
-class ClassifierReplay(Phase):
-    """Stage 3: the classifiers of all steps, on the images of this step and on the memory of the others.
-
-    Args:
-        opts, task: as for `Phase`.
-        memory: the part with the rotated memory.
-    """
+class ClassifierReplay(MemoryPhase):
+    """Stage 3: the classifiers of all steps, on the images of this step and on the rotated memory of the others."""
 
     name = "replay"
-    when = "after"
-    training_mode = False
-
-    def __init__(self, opts: Namespace, task: Task, memory: FeatureReplay):
-        super().__init__(opts, task)
-        self.memory = memory
 
     @property
     def epochs(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -83,15 +84,16 @@ def step3(arrays: Arrays, meta: Meta) -> Arrays:
 
 
 def rotation(arrays: Arrays, meta: Meta) -> Arrays:
-    """The representations and terms of stage 2, and the memory after it."""
-    assert meta["temperature"] == 10
+    """The representations and terms of stage 2, and the memory after it; the temperature is a constant of the method."""
     opts, task = _options(f"--alife_lambda {meta['lambda']}"), _task(meta)
     before, after = arrays["in_features_prev"], arrays["in_features_curr"]
     memory = _memory(arrays, opts, task)
     phase = Rotation(opts, task, memory)
     phase.attach(Given(after, _classifiers(arrays, meta)), Given(before), CPU)
     phase.values.data.copy_(arrays["in_params"])
-    terms = phase.terms(before, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("methods.alife.TEMPERATURE", meta["temperature"])
+        terms = phase.terms(before, before)
     (grad,) = torch.autograd.grad(sum(terms.values()), phase.values)
     positions = [alife.positions_of(maps) for maps in (before, after)]
     p, p_after, _ = alife.representations(memory.vectors, *positions, meta["temperature"])

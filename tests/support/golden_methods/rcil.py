@@ -160,7 +160,8 @@ class RCILTrace(Trace):
 
     def words(self) -> list[str]:
         """See `Trace`; the factors are those of the data set."""
-        factors = argparser.parse(["--method", "RCIL", "--dataset", self.meta["dataset"]]).pcd_factors
+        dataset = self.meta["dataset"]
+        factors = argparser.parse(["--method", "RCIL", "--dataset", dataset, "--task", TASKS[dataset]]).pcd_factors
         return [*super().words(), "--pcd_factors", *map(str, factors)]
 
 
