@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from dataset.sampler import FixedBatches
 from modules import backbones
-from modules.atrous import AtrousConv2d
 from modules.classifier import FUSIONS, Classifiers
 from modules.deeplab import DeeplabV3
 from modules.fold import fold_frozen
@@ -180,29 +179,6 @@ def test_classifiers_keep_pytorchs_start():
 
 
 # --- head
-
-
-@pytest.mark.parametrize("size", [(5, 20), (6, 6), (3, 4), (8, 9), (7, 30), (16, 16), (17, 18)])
-def test_atrous_conv_is_the_whole_conv(size):
-    torch.manual_seed(0)
-    conv = AtrousConv2d(4, 3, 6).double()
-    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
-    whole = F.conv2d(x, conv.weight, padding=6, dilation=6)
-    target = torch.randn_like(whole)
-    torch.testing.assert_close(conv(x), whole, rtol=1e-12, atol=1e-12)
-    got = torch.autograd.grad((conv(x) * target).sum(), (x, conv.weight))
-    expected = torch.autograd.grad((whole * target).sum(), (x, conv.weight))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert (type(conv(x).grad_fn).__name__ == "_SeenOnlyBackward") == (min(size) in (7, 8, 16))
-
-
-def test_atrous_conv_of_a_frozen_network_and_in_half_precision_is_the_plain_one():
-    conv, x = AtrousConv2d(4, 3, 6), torch.randn(1, 4, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv(x).dtype is torch.bfloat16 and type(conv(x).grad_fn).__name__ != "_SeenOnlyBackward"
-    conv.requires_grad_(False)
-    assert conv(x).grad_fn is None
 
 
 @pytest.mark.parametrize(("pooling", "size"), [(4, (7, 6)), (5, (7, 6)), (4, (9, 3)), (32, (5, 6)), (1, (3, 3))])

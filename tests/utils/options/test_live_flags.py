@@ -27,7 +27,6 @@ from utils.checkpointing import checkpoint_files
 from utils.checkpointing.store import Store
 from utils.options import flags
 from utils.reporting.logger import Logger
-from utils.runtime import amp
 
 #: Flags → the function that checks them.
 CHECKS = {}
@@ -37,7 +36,8 @@ ELSEWHERE = {
     "data_root": "dataset/test_dataset.py::test_voc_layout",
     "dataset": "dataset/test_domain.py::test_steps_of_a_method",
     "debug": "program/test_refusals.py::test_debug_says_where",
-    "backbone": "program/test_segmentation_module.py::test_other_depths",
+    "backbone": "modules/test_backbones.py::test_the_network_has_no_branch_per_backbone",
+    "opt_level": "utils/runtime/test_amp.py::test_levels",
     "pooling": "program/test_segmentation_module.py::test_pooling_in_evaluation_is_a_sliding_window",
     "reg_alpha": "methods/test_regularizer.py::test_fisher_is_a_moving_average_of_squared_gradients",
     "reg_iterations": "methods/test_regularizer.py::test_riemannian_score_by_hand",
@@ -292,12 +292,6 @@ def test_network(monkeypatch):
     opts.no_pretrained = False
     segmentation_module.build_network(opts, [7], pretrained=True)
     assert loaded == ["resnet18"]
-
-
-@shows("opt_level")
-def test_precision():
-    found = [amp.build(thin.options(f"--opt_level {level}"), torch.device("cpu")).dtype for level in ("O0", "O1")]
-    assert found == [None, torch.bfloat16]
 
 
 def student(words, step=1, previous=None):
