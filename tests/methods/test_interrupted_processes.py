@@ -2,7 +2,6 @@
 
 import os
 
-import pytest
 import torch
 
 import run
@@ -11,8 +10,8 @@ from tests.methods.test_methods import free_ports
 from tests.support import interrupted, thin
 from utils.checkpointing import checkpoint_files
 
-#: The method, and the iteration of step 1 before which both processes are killed.
-METHODS = {"REMINDER": 1, "SDR": 2}
+#: The method, and the iteration of step 1, those of its phases included, before which both processes are killed.
+METHODS = {"REMINDER": 1, "SDR": 2, "MiB+AWT": 1, "MiB+EWF": 1, "MiB+NeST": 3}
 KEYS = ("model_state", "method_state", "optimizer_state", "history")
 
 
@@ -32,24 +31,9 @@ def process(rank, folder, ports):
             words = f"--method {method} --step 1 --ckpt_minutes 1e-9 --step_ckpt '{step0}'"
             assert launch(method, f"--method {method} --step 0") == 0
             assert launch(method, words) == 0
-            kill_and_resume(lambda more, name=f"{method} killed", words=words: launch(name, words + more), at)
-
-
-def kill_and_resume(launch, at):
-    """Both processes end at the same iteration; then the same command with --resume."""
-    iterate, done = train.Trainer.train_iteration, []
-
-    def counted(trainer, *batch):
-        if len(done) == at:
-            raise interrupted.Killed
-        done.append(at)
-        return iterate(trainer, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "train_iteration", counted)
-        with pytest.raises(interrupted.Killed):
-            launch("")
-    assert launch(" --resume") == 0
+            with interrupted.killed(at):  # both processes, at the same iteration
+                launch(f"{method} killed", words)
+            assert launch(f"{method} killed", f"{words} --resume") == 0
 
 
 def test_two_processes_are_killed_and_resumed_to_the_bit(tmp_path):

@@ -1,6 +1,8 @@
 """A step that is killed at one of its iterations and resumed, beside the same step that ran through."""
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,27 +21,14 @@ class Killed(BaseException):
 ITERATIONS = ((PhaseRun, "_iterate"), (train.Trainer, "train_iteration"))
 
 
-def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -> tuple[dict, dict]:
-    """Train a step without and with an interruption, from the same checkpoint of the step before.
+@contextlib.contextmanager
+def killed(at: int, targets=ITERATIONS) -> Iterator[None]:
+    """What runs within it is killed.
 
     Args:
-        folder: empty, for the outputs.
-        text: the command line without --step; the steps before `step` are trained with it too.
-        step: the step that is killed.
-        at: the number of calls of the targets that end before the kill; every iteration is saved.
+        at: the number of calls of the targets that end before the kill.
         targets: owners and names of the functions that count, the iterations of phases and training by default.
-
-    Returns:
-        The checkpoints of the step that ran through and of the one that was resumed.
     """
-    options = text.split()
-    task = options[options.index("--task") + 1]
-    earlier = " ".join(str(number) for number in range(step))
-    assert thin.launch(folder / "whole", f"{text} --step {earlier}") == 0
-    file = f"checkpoints/{task}-shapes_n_{{}}.pth"
-    previous = shlex.quote(str(folder / "whole" / file.format(step - 1)))
-    words = f"{text} --step {step} --ckpt_minutes 0.000001 --step_ckpt {previous}"
-    assert thin.launch(folder / "whole", words) == 0
     done = []
 
     def counted(iterate):
@@ -55,7 +44,31 @@ def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -
         for owner, name in targets:
             patch.setattr(owner, name, counted(getattr(owner, name)))
         with pytest.raises(Killed):
-            thin.launch(folder / "parts", words)
+            yield
+
+
+def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -> tuple[dict, dict]:
+    """Train a step without and with an interruption, from the same checkpoint of the step before.
+
+    Args:
+        folder: empty, for the outputs.
+        text: the command line without --step; the steps before `step` are trained with it too.
+        step: the step that is killed.
+        at, targets: of `killed`; every iteration is saved.
+
+    Returns:
+        The checkpoints of the step that ran through and of the one that was resumed.
+    """
+    options = text.split()
+    task = options[options.index("--task") + 1]
+    earlier = " ".join(str(number) for number in range(step))
+    assert thin.launch(folder / "whole", f"{text} --step {earlier}") == 0
+    file = f"checkpoints/{task}-shapes_n_{{}}.pth"
+    previous = shlex.quote(str(folder / "whole" / file.format(step - 1)))
+    words = f"{text} --step {step} --ckpt_minutes 0.000001 --step_ckpt {previous}"
+    assert thin.launch(folder / "whole", words) == 0
+    with killed(at, targets):
+        thin.launch(folder / "parts", words)
     assert thin.launch(folder / "parts", f"{words} --resume") == 0
     whole, parts = (checkpoint_files.load(folder / name / file.format(step)) for name in ("whole", "parts"))
     return whole, parts
