@@ -3,6 +3,9 @@
 The file is in DATA_ROOT/.cisscache, or in the user's cache folder if the data set is read-only. It contains a fingerprint of
 the data files (names, sizes, modification times) and is replaced if the fingerprint differs. It is written under another
 name and renamed, under a lock, so that only one of several processes or jobs scans.
+
+It is a line with the fingerprint and the SHA-256 of the rest, followed by 32 bytes for each image, a bit for each class. The file may
+come from strangers together with the data; this format contains no sizes or types that a reader would have to trust.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import contextlib
 import hashlib
 import os
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from filelock import FileLock, Timeout
 from utils.errors import UserError
 
 FOLDER = ".cisscache"
-_FORMAT = 2  # of the file, and of what a scan refuses
+_ROW, _LONGEST_HEADER = 256 // 8, 200  # bytes of the classes of one image, and of the first line
+_FORMAT = 3  # of the file, and of what a scan refuses
 _LOCK_SECONDS = 1800  # after this wait for the lock a job scans the masks itself
 
 
@@ -55,17 +58,17 @@ def first_few(problems: Sequence[str], most: int = 5) -> str:
     return "; ".join(problems[:most]) + (f"; and {rest} more (--check_data lists all)" if rest > 0 else "")
 
 
-def cached(root: Path, name: str, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The (N, 256) bool table that `compute` returns, read from the cache if the cached fingerprint is `key`."""
+def cached(root: Path, name: str, key: str, rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The (rows, 256) bool table that `compute` returns, read from the cache if the cached fingerprint is `key`."""
     folder = _writable_folder(root)
     if folder is None:
         return compute()
-    path = folder / f"{name}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:8]}.npz"
-    found = _load(path, key)
+    path = folder / f"{name}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:8]}.scan"
+    found = _load(path, key, rows)
     if found is not None:
         return found
     with _lock(path.with_suffix(".lock")):
-        found = _load(path, key)  # another job may have scanned while this one waited
+        found = _load(path, key, rows)  # another job may have scanned while this one waited
         if found is None:
             found = compute()
             _store(path, key, found)
@@ -101,16 +104,21 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _load(path: Path, key: str) -> np.ndarray | None:
+def _load(path: Path, key: str, rows: int) -> np.ndarray | None:
     """The table in the file, or None if the file is missing, is damaged, or has another fingerprint."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if str(content["key"]) != key:
-                return None
-            packed = content["presence"]
-        return np.unpackbits(packed, axis=1, count=256).astype(bool)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        with path.open("rb") as stream:
+            header = stream.readline(_LONGEST_HEADER)
+            packed = stream.read(rows * _ROW + 1)
+    except OSError:
         return None
+    if header != _header(key, packed) or len(packed) != rows * _ROW:
+        return None
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8).reshape(rows, _ROW), axis=1).astype(bool)
+
+
+def _header(key: str, packed: bytes) -> bytes:
+    return f"{key} {hashlib.sha256(packed).hexdigest()}\n".encode()
 
 
 def _store(path: Path, key: str, presence: np.ndarray) -> None:
@@ -119,7 +127,8 @@ def _store(path: Path, key: str, presence: np.ndarray) -> None:
         temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
         try:
             with temporary.open("xb") as stream:
-                np.savez(stream, key=np.array(key), presence=np.packbits(presence, axis=1))
+                packed = np.packbits(presence, axis=1).tobytes()
+                stream.write(_header(key, packed) + packed)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ class FileSource:
         if self.layout.domains:
             return self.domains()
         key = fingerprint([self._paths[i] for i in range(len(self._paths))], f"{self.class_table.tolist()}")
-        return cached(self.root, f"{self.layout.name}-{self.split}", key, self._scan)
+        return cached(self.root, f"{self.layout.name}-{self.split}", key, len(self), self._scan)
 
     def domains(self) -> np.ndarray:
         """(N, 256) bool: the domain of each image, without reading the files."""

@@ -218,7 +218,7 @@ def test_scan_is_cached_and_sees_changes(root, monkeypatch):
     calls = count_scans(monkeypatch)
     assert len(build(root, 1).train) == 2
     assert len(calls) == 2
-    assert {path.suffix for path in (root / cache.FOLDER).iterdir()} <= {".npz", ".lock"}
+    assert {path.suffix for path in (root / cache.FOLDER).iterdir()} <= {".scan", ".lock"}
     for step in range(3):
         build(root, step)
     assert len(calls) == 2
@@ -234,11 +234,25 @@ def test_scan_is_cached_and_sees_changes(root, monkeypatch):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04junk", pickle.dumps({"key": 1})])
+#: Fingerprint, its digest and table of a cache file, each of which is spoilt in some ways.
+DAMAGES = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[:-1],
+    "cut to its line": lambda raw: raw[: raw.index(b"\n") + 1],
+    "a byte more": lambda raw: raw + b"x",
+    "one bit": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+    "another fingerprint": lambda raw: b"x" + raw[1:],
+    "no line": lambda raw: b"x" * (1 << 20),
+    "a row less": lambda raw: cache._header(raw.split()[0].decode(), raw[-32:]) + raw[-32:],
+    "a pickle": lambda raw: pickle.dumps({"key": 1}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_replaced(root, monkeypatch, damage):
     build(root)
-    for path in (root / cache.FOLDER).glob("*.npz"):
-        path.write_bytes(damage)
+    for path in (root / cache.FOLDER).glob("*.scan"):
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
     calls = count_scans(monkeypatch)
     assert len(build(root).train) == 8
     assert len(calls) == 2
@@ -253,7 +267,7 @@ def test_cache_beside_read_only_data(root, tmp_path_factory, monkeypatch):
     try:
         build(root)
         assert not (root / cache.FOLDER).exists()
-        assert list((home / "cisscache").glob("folder-train-*.npz"))
+        assert list((home / "cisscache").glob("folder-train-*.scan"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(root / "classes.txt"))  # nowhere to write: scan every time
         assert len(build(root).train) == 8
     finally:
@@ -268,7 +282,7 @@ def test_two_jobs_scan_once(tmp_path):
         return np.eye(3, 256, dtype=bool)
 
     jobs = [
-        threading.Thread(target=lambda: found.append(cache.cached(tmp_path, "x", "key", compute))) for _ in range(8)
+        threading.Thread(target=lambda: found.append(cache.cached(tmp_path, "x", "key", 3, compute))) for _ in range(8)
     ]
     for job in jobs:
         job.start()
