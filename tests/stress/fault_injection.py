@@ -5,8 +5,9 @@
 kills    SIGKILL at random moments of every phase of a run, the same command again each time, the end compared to the bit
 peers    one of two processes dies, or the launcher is asked to stop: all end with a message within a minute
 jobs     two runs at once on one data set, results folder and checkpoint folder
-faults   full and broken disks, cut, flipped and crafted checkpoints
-inputs   mutated command lines and task files
+processes  runs that are paused, that lose a process which loads data, or that are killed while they scan a data set
+faults   full and broken disks, cut, flipped, crafted and hostile checkpoints
+inputs   mutated command lines and task files, pairs of options, several faults in one command line
 
 It prints a table and writes it, with every detail, to OUT/faults.json. Exit code 1 if anything was not survived.
 """
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.stress import fault_inputs, fault_saving  # noqa: E402  (the project is run from its folder, not installed)
+from tests.stress import fault_hostile, fault_inputs, fault_options, fault_processes, fault_saving  # noqa: E402  (the project is run from its folder, not installed)
 from tests.stress.fault_parts import (  # noqa: E402
     BETWEEN,
     FINISHING,
@@ -222,7 +223,7 @@ def two_jobs(folder: Path) -> list[dict[str, Any]]:
     codes = [job.finish()[0] for job in both]
     tables = sorted((folder / "results").glob("*.csv"))
     whole = len(tables) == 2 and all(len(table.read_text().splitlines()) == 1 for table in tables)
-    caches = list((data / ".cisscache").glob("*.npz"))
+    caches = list((data / ".cisscache").glob("*.scan"))
     wrong = "" if codes == [0, 0] and whole and len(caches) == 2 else f"{codes}, {tables}, {caches}"
     cases = [{"case": "two names at once", "wrong": wrong}]
     first = Job(words(folder, *step, "--name", "twin", "--epochs", "50"), folder / "jobs")
@@ -248,8 +249,12 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
     for key, title in (
         ("peers", "a process of two dies, a launcher is stopped"),
         ("jobs", "two jobs at once"),
+        ("processes", "pauses, killed loading processes, killed and damaged scans"),
         ("faults", "faults of disks and checkpoints"),
+        ("hostile", "hostile checkpoints, to all that read one"),
         ("inputs", "command lines and task files"),
+        ("pairs", "pairs of options"),
+        ("several", "command lines with several faults at once"),
     ):
         if key in report:
             table.append([title, str(len(report[key])), str(sum(bool(case["wrong"]) for case in report[key]))])
@@ -264,7 +269,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--faults", action="store_true", help="lost processes, two jobs, broken disks and damaged checkpoints"
     )
-    parser.add_argument("--inputs", type=int, default=0, help="mutated command lines, and as many task files")
+    parser.add_argument(
+        "--inputs",
+        type=int,
+        default=0,
+        help="mutated command lines, as many task files, and half as many more pairs of options",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all random choices")
     parser.add_argument("--out", default="runs/faults", help="new folder of the runs and of the report")
     return parser.parse_args(argv)
@@ -284,9 +294,13 @@ def main(argv: list[str] | None = None) -> int:
         }
     if arguments.faults:
         report["peers"], report["jobs"] = peers(out / "peers"), two_jobs(out / "jobs")
+        report["processes"] = fault_processes.study(out / "processes")
         report["faults"] = fault_saving.study(out / "faults", arguments.seed)
+        report["hostile"] = fault_hostile.study(out / "hostile")
     if arguments.inputs:
         report["inputs"] = fault_inputs.study(out / "inputs", arguments.inputs, arguments.seed)
+        report["pairs"] = fault_options.pairs(out / "pairs", arguments.inputs * 3 // 2)
+        report["several"] = fault_options.several(out / "several", arguments.inputs, arguments.seed)
     (out / "faults.json").write_text(json.dumps(report, indent=1))
     table = rows(report)
     print(Table(["what", "tried", "not survived"], table).markdown())

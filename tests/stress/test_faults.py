@@ -8,8 +8,16 @@ import sys
 
 import pytest
 
-from dataset import shapes
-from tests.stress import fault_injection, fault_inputs, fault_parts, fault_saving
+import train
+from tests.stress import (
+    fault_hostile,
+    fault_injection,
+    fault_inputs,
+    fault_options,
+    fault_parts,
+    fault_processes,
+    fault_saving,
+)
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
 
@@ -91,10 +99,14 @@ def test_crafted_checkpoints_are_refused_or_harmless(tmp_path):
 
 
 def test_a_worker_that_is_ended_by_the_system_is_said(tmp_path, monkeypatch):
-    def read(source, index):
-        os.kill(os.getpid(), signal.SIGKILL)
+    real = train.Trainer.train_iteration
 
-    monkeypatch.setattr(shapes.ShapesSource, "read", read)
+    def iteration(*args):
+        for loader in fault_processes.loaders(os.getpid()):
+            os.kill(loader, signal.SIGKILL)
+        return real(*args)
+
+    monkeypatch.setattr(train.Trainer, "train_iteration", iteration)
     with thin.program():
         code, _, said = fault_inputs.execute(fault_parts.words(tmp_path, *SHORT, "--num_workers", "1"))
     assert code == 2 and "a process that loads data is gone" in said and fault_parts.TRACEBACK not in said
@@ -108,6 +120,28 @@ def test_interrupted_while_it_is_imported_the_program_says_nothing():
 def test_mutated_inputs_are_refused_or_taken_rightly(tmp_path):
     with thin.program():
         assert wrong(fault_inputs.study(tmp_path, 25, 7)) == []
+
+
+def test_pairs_of_options_are_taken_or_refused(tmp_path):
+    assert wrong(fault_options.pairs(tmp_path, 60)) == []
+
+
+def test_several_faults_at_once_are_refused(tmp_path):
+    assert wrong(fault_options.several(tmp_path, 40, 0)) == []
+
+
+def test_every_option_is_part_of_a_pair():
+    named = {words[0].partition("=")[0].lstrip("-") for words in fault_options.settings()}
+    assert len(named) > 100 and {"method", "lr", "pod_options", "crop_val", "step_ckpt"} <= named
+
+
+def test_hostile_checkpoints_are_refused_by_all_that_read_one(tmp_path):
+    assert wrong(fault_hostile.study(tmp_path)) == []
+
+
+def test_a_data_set_is_scanned_anew_after_a_kill_or_damage(tmp_path):
+    with thin.program():
+        assert wrong(fault_processes.scan_killed(tmp_path, flips=2, cuts=2)) == []
 
 
 def test_a_wrong_success_is_found(tmp_path):
