@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""The error of a user, in contrast to a bug."""
 
 
 class UserError(ValueError):

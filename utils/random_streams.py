@@ -1,4 +1,4 @@
-"""Seeds of the random streams: each is a function of names alone, so that no generator has to be saved or handed on.
+"""Seeds of the random streams. A seed is a function of names alone, so that the state of no generator has to be saved.
 
 docs/reliability.md lists the streams of the program.
 """
@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 
-#: Purposes of random crops, beside those that parts of methods name (`methods.base.Part.purpose`).
+#: Purposes of random crops, besides those of the parts of methods (`methods.base.Part.purpose`).
 TRAINING = "training"
 
 
 def stream_seed(*names: int | str) -> int:
-    """Seed of the stream that the names stand for.
+    """Seed of the stream with these names.
 
     Args:
         names: such as the seed of the run, a purpose, the step and the epoch, in a fixed order.
 
     Returns:
-        A number from 0 to 2⁶³ − 1. Streams whose names differ in one place have seeds that have nothing in common.
+        A number from 0 to 2⁶³ − 1. Streams with different names have independent seeds.
     """
     text = "/".join(map(str, names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -61,7 +61,7 @@ def build(opts: Namespace, optimizer: Optimizer, total: int) -> LRScheduler:
     Returns:
         A scheduler to be stepped after every iteration.
     """
-    # Torch warns where an iteration moves nothing: after an overflow in half precision or a loss that was passed over.
+    # torch warns if the optimiser makes no step: after an overflow in half precision, or for a skipped loss
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     if opts.lr_policy == "poly":
         return PolyLR(optimizer, total, opts.lr_power)

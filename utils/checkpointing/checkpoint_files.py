@@ -1,9 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit, and that run no code when they are read.
 
-A file is written beside its place, flushed to the disk, read back and verified, and only then renamed over the previous one,
-so the last good checkpoint is never replaced by a bad one. Its content carries a checksum. Before a file is read with
-`weights_only=True`, its pickle is scanned (`pickle_scan`): tensors and plain Python values only, which the official checkpoints
-satisfy.
+A file is written under another name, flushed to the disk, read back and verified, and only then renamed over the previous one, so
+that a good checkpoint is never replaced by a damaged one. It contains a checksum. Before a file is read with `weights_only=True`,
+its pickle is scanned (`pickle_scan`): it must contain tensors and plain Python values only, as the official checkpoints do.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from utils.errors import UserError
 #: Prefix of the official parameter names: their model was saved inside its distributed wrapper.
 PREFIX = "module."
 
-#: Official name of LSKD's λ, which lives outside the network here.
+#: Official name of LSKD's λ, which is not part of the network in this program.
 LOSS_WEIGHTS = "head.lossweights"
 
 CHECKSUM = "checksum"
 
-#: Marks files of this program, so that one whose checksum entry itself was damaged is not taken for an official file.
+#: Marks files of this program, so that a file whose checksum entry is damaged is not mistaken for an official one.
 FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
 
-#: What no official file holds, for files in which the mark was damaged as well.
+#: Keys that no official file has; they identify files of this program in which the mark is damaged too.
 OWN_KEYS = frozenset(("options", "task", "state"))
 
-#: What a file needs beside the numbers of a tensor: its name in the weights, its place in the archive, padding.
+#: Bytes of a file for each tensor besides its numbers: name in the weights, entry in the archive, padding.
 RECORD_BYTES = 512
 
 #: Sizes of the pickle in a checkpoint, in bytes; that of a ResNet-101 with its momenta has 0.1 MB.
@@ -53,7 +52,7 @@ LEGACY_START, LEGACY_PICKLES = pickle.dumps(torch.serialization.MAGIC_NUMBER, pr
 
 
 def _numpy_scalars() -> list:
-    """What the official files hold beside tensors: numpy floats as scores. Plain data, no code."""
+    """Types in official files besides tensors: numpy floats, which are scores. Plain data, no code."""
     multiarray = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
     allowed: list = [multiarray.scalar, np.dtype]
     if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5 takes names beside objects
@@ -110,7 +109,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], before: Path | None = N
     Args:
         path: where it goes; missing folders are made.
         state: tensors and plain values. A "checksum" entry is added to the file.
-        before: where the previous file is kept, or None; a kill at the wrong moment leaves it there and nothing at the path.
+        before: where the previous file is kept, or None. A kill between the two renames leaves it there and no file at the path.
 
     Raises:
         OSError: the disk is full or broken; the previous file is untouched and no partial file is left.
@@ -144,7 +143,7 @@ def _serialise(state: dict, file: IO[bytes]) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch's writer reports a failing disk as a RuntimeError of its own ("enforce fail ... unexpected pos").
+        # The writer of torch reports a failing disk as a RuntimeError ("enforce fail ... unexpected pos").
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise OSError(errno.EIO, str(error).splitlines()[0]) from error
@@ -158,19 +157,19 @@ def _read_back(path: Path) -> None:
 
 
 def discard(path: str | os.PathLike) -> None:
-    """Remove a checkpoint, and what a killed process left of its next version."""
+    """Remove a checkpoint, and the unfinished next version that a killed process may have left."""
     path = Path(path)
     for file in (path, _aside(path)):
         file.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its place."""
+    """The name under which a checkpoint is written before it is renamed."""
     return path.with_name(f".{path.name}.writing")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system can open folders."""
+    """Write a rename to the disk, on systems that can open folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -221,7 +220,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """What a file holds, after its pickle was scanned."""
+    """Content of a file, read after its pickle was scanned."""
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))
     source: Path | io.BytesIO = path
@@ -258,13 +257,13 @@ def _scan_archive(path: Path) -> None:
 
 
 def require_places(*paths: Path) -> None:
-    """Refuse to start what could not be written because something else, such as a folder, stands in its place.
+    """Refuse to start if a file could not be written because something else, such as a folder, has its name.
 
     Args:
-        paths: of files that will be written, checkpoints or others; they and what is written beside them are looked at.
+        paths: of files that will be written, checkpoints or others; the names used while writing are checked too.
 
     Raises:
-        UserError: names what is in the way.
+        UserError: names the obstacle.
     """
     for place in (place for path in paths for place in (path, _aside(path))):
         if place.exists() and not place.is_file():
@@ -272,7 +271,7 @@ def require_places(*paths: Path) -> None:
 
 
 def size(state: Any) -> int:
-    """Bytes of the tensors in a nested structure and of their places in a file: the size of its checkpoint, but for some kilobytes.
+    """Bytes of the tensors in a nested structure and of their entries in a file: the size of its checkpoint up to some kilobytes.
 
     Args:
         state: dicts, lists, tuples, tensors and plain values.
@@ -284,10 +283,10 @@ def size(state: Any) -> int:
 
 
 def require_space(folder: str | os.PathLike, needed: int) -> None:
-    """Refuse to start what could not be saved.
+    """Refuse to start if the disk has too little space.
 
     Args:
-        folder: where checkpoints go; its nearest existing parent is asked.
+        folder: of the checkpoints; the space of its nearest existing parent is measured.
         needed: bytes.
 
     Raises:

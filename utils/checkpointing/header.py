@@ -1,4 +1,4 @@
-"""What a checkpoint or the state of a run says of itself: which step of which task it is, with which options it was trained."""
+"""The description in a checkpoint or in the state of a run: step and task, and the options of the training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DESCRIPTION = {"dataset", "name", "step", "steps"}
 
 
 def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
-    """Refuse a file that does not say in plain values what it learned.
+    """Refuse a file whose description is missing or is not made of plain values.
 
     Args:
         path: the file.
-        state: what it holds.
-        own: it is of this program; official ones say nothing.
+        state: its content.
+        own: it is a file of this program; official files have no description.
 
     Raises:
         UserError: names the file.
@@ -37,7 +37,7 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         plain = (
             isinstance(options, dict)
             and all(isinstance(key, str) for key in options)
-            # the results take the date into their file name: it must not lead out of their folder
+            # The date becomes part of the file name of the results; it must not contain a path
             and PART_OF_FILE_NAME.fullmatch(options.get("date", "none")) is not None
         )
     except (TypeError, ValueError):

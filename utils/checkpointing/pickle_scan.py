@@ -1,8 +1,8 @@
-"""What the pickle in a checkpoint would build, found out without building it.
+"""Check of the pickle in a checkpoint, without building its objects.
 
 `torch.load(weights_only=True)` runs no code of a file. It can still be made to allocate gigabytes by a file of some hundred bytes, to
 overflow the stack of the process, or to compute for hours. The scan follows the instructions of the pickle, as
-`pickletools.genops` reads them, with descriptions in the place of values. It lets pass dictionaries, lists and tuples of tensors, numpy
+`pickletools.genops` reads them, with descriptions instead of values. It accepts dictionaries, lists and tuples of tensors, numpy
 numbers and plain values, within the limits below, and refuses everything else.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 #: A checkpoint of a ResNet-101 with its momenta has 33,000 instructions.
 MOST_INSTRUCTIONS = 2_000_000
 
-#: Depth of nested structures, and their items, counted each time that they are part of another structure.
+#: Depth of nested structures, and number of their items; an item of several structures is counted several times.
 DEEPEST, MOST_ITEMS = 50, 10_000_000
 
-#: Bytes of tensors and text, counted likewise, for each byte of the file: shared weights are counted more than once.
+#: Bytes of tensors and text per byte of the file, counted in the same way: shared weights are counted several times.
 SHARING = 4
 
-#: Below this size, repeated content does no harm.
+#: Repeated content is accepted below this size.
 HARMLESS_BYTES = 1 << 20
 
 #: Keys of dictionaries: text of so many printable characters, or numbers. Optimisers of torch < 1.5 take addresses as keys.
@@ -57,7 +57,7 @@ class Refused(ValueError):
 
 @dataclass(eq=False)
 class Thing:
-    """Describes a value that is not a plain number, text or None, which describe themselves.
+    """Description of a value. Plain numbers, text and None are used themselves.
 
     Attributes:
         kind: "tuple", "list", "dict", "ordered", "tensor", "number" (numpy's), "size", or, as arguments only, "function", "storage",
@@ -65,7 +65,7 @@ class Thing:
         items: of a tuple or list.
         detail: name of a function, (elements, bytes of an element) of a storage, length of bytes, keys of a dictionary.
         depth, count, size: levels, items and bytes of it, with what it contains.
-        finished: it is part of another thing, or was named again, so that nothing can be added to it any more.
+        finished: it is part of another value, or was referenced again, so that nothing may be added to it any more.
         plain: it may be part of a checkpoint.
     """
 
@@ -100,7 +100,7 @@ class PickleScan:
             stream: stands at its first instruction, afterwards behind its last.
 
         Raises:
-            Refused: it would build something else than a checkpoint.
+            Refused: its content is not that of a checkpoint.
             ValueError, LookupError, AttributeError, TypeError: it is damaged.
         """
         self.stack: list[Any] = []
@@ -146,7 +146,7 @@ class PickleScan:
             raise Refused("something else than tensors and plain values")
 
     def _top(self, *kinds: str) -> Thing:
-        """What lies on the stack, which is to be completed."""
+        """The value on top of the stack, to which something is added."""
         thing = self.stack[-1]
         if not isinstance(thing, Thing) or thing.kind not in kinds or thing.finished:
             raise Refused("a structure that contains itself")

@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints, what is in them, and whether the checkpoint of step t-1 fits the step to be trained."""
+"""The checkpoint files of a run, their content, and the check that the checkpoint of step t-1 fits the step to be trained."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from utils.checkpointing.structure import scales_in_place
 from utils.errors import UserError
 from utils.types import TaskLike
 
-#: What must be the same at all steps, because it shapes the network or says what its weights mean.
+#: Options that must be equal at all steps, because they determine the shape of the network or the meaning of its weights.
 NETWORK_OPTIONS = (
     *("backbone", "norm_act", "output_stride", "cosine", "nb_background_modes"),
     *("rcil_network", "rcil_stem"),
 )
 
-#: States of a step under way: the last, the one before it, and the one that is being written.
+#: Number of states of an unfinished step on the disk: the last, the one before it, and the one that is being written.
 STATES = 3
 
 #: Terms of `head.lossweights` in official checkpoints, in its order.
@@ -45,7 +45,7 @@ class Store:
         self.opts = opts
         self.task = task
         self.folder = Path(opts.checkpoint)
-        #: Why the last state of the interrupted run could not be read, where the one before it is continued; else "".
+        #: Why the last state of the interrupted run could not be read, if the state before it is continued; else "".
         self.damage = ""
         #: SHA-256 of the weights of step t-1, once they are read.
         self.previous_sha256: str | None = None
@@ -55,11 +55,11 @@ class Store:
         return self.folder / f"{self.task.name}-{self.task.dataset}_{self.opts.name}_{step}.pth"
 
     def unfinished(self, step: int) -> Path:
-        """State of a step under way, for `--resume`."""
+        """State of an unfinished step, for `--resume`."""
         return self.finished(step).with_suffix(".resume.pth")
 
     def before_unfinished(self, step: int) -> Path:
-        """The state before that one, in case the disk damages it."""
+        """The state before that one, which is used if the last state is damaged."""
         return self.finished(step).with_suffix(".resume.before.pth")
 
     def interrupted(self) -> bool:
@@ -73,7 +73,7 @@ class Store:
         return self.opts.step_ckpt is not None and self.task.step == self.opts.step[0] > 0
 
     def previous(self) -> Path:
-        """Checkpoint that the teacher of this step is read from."""
+        """Checkpoint of step t-1, from which the teacher is loaded."""
         if self.starts_from_file:
             return Path(self.opts.step_ckpt)
         return self.finished(self.task.step - 1)
@@ -82,7 +82,7 @@ class Store:
         return self.folder / f".{self.finished(self.task.step).stem}.lock"
 
     def lock(self) -> FileLock:
-        """A lock on this name and step, released when the process ends, however it ends.
+        """A lock on this name and step. The system releases it when the process ends, also if it is killed.
 
         Raises:
             UserError: another run holds it.
@@ -100,15 +100,17 @@ class Store:
         return lock
 
     def check_writable(self, *folders: str) -> None:
-        """Make the folders of checkpoints and outputs, before a day of training ends on one that cannot be written.
+        """Make the folders of checkpoints and outputs, and check before the training that they can be written.
 
         Raises:
-            UserError: naming the folder, or what stands where a file belongs.
+            UserError: names the folder, or what has the name of a file that will be written.
         """
         for folder in (self.folder, *map(Path, folders)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):  # nameless: nothing is left behind, however the process ends
+                with tempfile.TemporaryFile(
+                    dir=folder
+                ):  # has no name, so that nothing is left if the process is killed
                     pass
             except OSError as error:
                 raise UserError(
@@ -120,7 +122,7 @@ class Store:
         )
 
     def require_space(self, size: int) -> None:
-        """Refuse to start what the disk has no room for: the states of this step, and the checkpoints of those that follow it.
+        """Refuse to start if the disk has too little space for the states of this step and the checkpoints of it and later steps.
 
         Args:
             size: bytes of one checkpoint.
@@ -151,7 +153,7 @@ class Store:
         return state
 
     def require_previous(self) -> None:
-        """Refuse a step whose previous checkpoint is not there.
+        """Refuse a step if the checkpoint of step t-1 is missing.
 
         Raises:
             UserError: names the file and the remedy.
@@ -169,7 +171,7 @@ class Store:
             )
 
     def load_tested(self, path: Path) -> dict[str, Any]:
-        """A checkpoint of this very step, to be tested; with `--base_weights` one of step 0 as well.
+        """A checkpoint of this step, to be tested; with `--base_weights` also one of step 0.
 
         Args:
             path: the file.
@@ -186,7 +188,7 @@ class Store:
         return state
 
     def _check(self, path: Path, state: dict[str, Any], step: int) -> None:
-        """Refuse a checkpoint that is not of that step of this run's task; official ones carry no options, only their shapes count."""
+        """Refuse a checkpoint of another step or task, or of another network. Official files have no options to compare."""
         task, described = self.task, state.get("task")
         if described is not None:
             mine = describe(task.at(step))
@@ -216,17 +218,18 @@ class Store:
         loss_weights: Mapping[str, Tensor],
         inherited: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the checkpoint of this step: the official dictionary, and beside it keys of this program.
+        """Write the checkpoint of this step: the official dictionary, and further keys of this program.
 
-        The official keys hold what the official programs write, so that these can test the step, build on it, or load
-        its optimiser. λ is `head.lossweights` only if the step has λ: the official PLOP and MiB refuse that name.
+        The official keys have the content that the official programs write, so that these can test the step, train the next
+        one, or load the optimiser. λ is stored as `head.lossweights` only if the step has λ: the official PLOP and MiB refuse
+        that name.
 
         Args:
             trainer_state: of `Trainer.state_dict`.
             loss_weights: λ of this step by term, empty for methods without.
-            inherited: λ of the previous step, which a step without λ hands on.
+            inherited: λ of the previous step, which is stored if this step has no λ.
 
-        The key "loss_weights" of this program holds the names beside the values, so that λ is inherited by name.
+        The key "loss_weights" of this program has the names of the terms and their λ, so that λ is inherited by name.
         """
         parts = dict(trainer_state["method"])
         content = {
@@ -250,12 +253,12 @@ class Store:
         checkpoint_files.discard(self.unfinished(self.task.step))
 
     def begin(self) -> None:
-        """Note that the step is started anew: from now on `--resume` takes no older file for this run's."""
+        """Mark that the step is started anew, so that `--resume` does not continue the state of an older run."""
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         self._write_unfinished(None)
 
     def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
-        """Write the state of a step under way; the one before it is kept, unless the disk damaged it."""
+        """Write the state of an unfinished step. The state before it is kept, unless it is damaged."""
         self._write_unfinished(trainer_state, None if self.damage else self.before_unfinished(self.task.step))
         self.damage = ""
 
@@ -265,13 +268,13 @@ class Store:
         checkpoint_files.save(self.unfinished(self.task.step), state | self._origin(), before)
 
     def _origin(self) -> dict[str, str]:
-        """What a step notes about the step that it was begun from; nothing at step 0."""
+        """Entries of a state about the step that it continues; empty at step 0."""
         return {} if self.previous_sha256 is None else {"previous_sha256": self.previous_sha256}
 
     def load_unfinished(self) -> dict[str, Any] | None:
         """The interrupted run of this step, or None: its "state" for the trainer, its "options".
 
-        Where the last state is damaged this is the one before it, and `damage` says why.
+        If the last state is damaged, this is the state before it, and `damage` is the reason.
 
         Raises:
             UserError: both are damaged, or of a run with other options or from another step t-1.
@@ -325,7 +328,7 @@ class Store:
             )
 
     def _same_previous(self, path: Path, state: dict[str, Any]) -> None:
-        """Refuse what was trained from another step t-1 than the one that is there now; earlier versions noted nothing."""
+        """Refuse a state that continues another checkpoint of step t-1 than the present one. Earlier versions did not store this."""
         theirs, step = state.get("previous_sha256"), self.task.step
         if step == 0 or theirs is None or not self.previous().is_file():
             return
@@ -344,7 +347,7 @@ def _stacked(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the network with λ, if there is one, in its official place: before the other weights of the head."""
+    """The weights of the network with λ, if there is one, at its official position: before the other weights of the head."""
     if not loss_weights:
         return model_state
     name, ordered = checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS, {}
@@ -358,15 +361,15 @@ def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str
 
 
 def _same(dest: str, theirs: Any, mine: Any) -> bool:
-    """Whether two values of an option make the same network; norms do that read the same weight alike."""
+    """Whether two values of an option give the same network; norms are equal if their scales are."""
     if dest == "norm_act":
         return scales_in_place(str(theirs)) == scales_in_place(mine)
     return theirs == mine
 
 
-#: Options that do not touch the numbers of a run.
+#: Options that do not change the numbers of a run.
 MAY_CHANGE_ON_RESUME = frozenset(
-    # where things are, how much is said
+    # places of files, amount of output
     ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
     + (
         "debug",
@@ -379,10 +382,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "check_data",
         "list_methods",
     )
-    # how the run is started and kept
+    # start and saving of the run
     + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
-    # only its value for this step counts, which is stored beside it
+    # only its value for this step matters, which is stored under another name
     + ("lr",)
 )
 
@@ -394,9 +397,9 @@ def read(path: Path) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its dictionary; "model_state" without the wrapper's prefix and without λ; under "loss_weights" λ by term, of this
-        step or handed on, empty where there is none; the path under "file". Earlier versions of this program wrote
-        `head.lossweights` for every step, ones where there was no λ, which is where λ starts.
+        Its dictionary; "model_state" without the wrapper's prefix and without λ; "loss_weights", λ by term, of this step or
+        inherited, empty if there is none; the path as "file". Earlier versions of this program wrote `head.lossweights` for
+        every step, with ones, the initial λ, for a step without λ.
 
     Raises:
         UserError: missing, damaged, without "model_state", or with a λ that is not finite.

@@ -1,5 +1,5 @@
-"""Whether a state that was read from a file is built like the one it is to replace. A file is not to be trusted: a momentum of another
-shape than its weight would be read beyond its end by the optimiser."""
+"""Checks that a state that was read from a file has the structure of the state that it replaces. Files are not trusted: the optimiser
+would read a momentum that is smaller than its weight beyond its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.errors import UserError
 #: What may become part of a file name.
 PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
-#: What loading a state raises that is built otherwise than expected.
+#: Exceptions of loading a state with another structure than expected.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError)
 
 #: Characters of the name of a class or of a loss term.
@@ -26,12 +26,12 @@ IN_PLACE_NORMS = ("iabn_sync", "iabn")
 
 
 def misfit(mine: Any, theirs: Any, place: str) -> str:
-    """The first place at which a nested state is built otherwise than mine.
+    """The first place at which the structure of a nested state differs from mine.
 
     Args:
         mine: dicts, lists, tuples, tensors and plain values. A None fits every number, None and dictionary.
-        theirs: what was read.
-        place: name of the whole.
+        theirs: the state that was read.
+        place: name of the whole state.
 
     Returns:
         Such as "state/scheduler/last_epoch"; "" if there is none.
@@ -56,7 +56,7 @@ def misfit(mine: Any, theirs: Any, place: str) -> str:
 
 
 def require_fit(mine: Any, theirs: Any, place: str) -> None:
-    """Refuse a part of an interrupted run's state that is built otherwise than mine.
+    """Refuse a part of an interrupted run's state whose structure differs from mine.
 
     Raises:
         UserError: names the first place.
@@ -79,19 +79,19 @@ def check_momenta(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_log(history: Any, meters: Any) -> None:
-    """Refuse what the trainer could not go on counting in.
+    """Refuse a history or meters that the trainer could not continue.
 
     Raises:
-        ValueError, TypeError: the history is none, or the meters are no sums and a count.
+        ValueError, TypeError: the history is not a history, or the meters are not sums and a count.
     """
     check_history(history)
     sums, count = meters
     if not is_number(count) or not _is_numbers(sums):
-        raise ValueError("the meters of the training are none")
+        raise ValueError("the meters of the training are not sums and a count")
 
 
 def check_history(history: Any) -> None:
-    """Refuse what is not the history of a training: an entry an epoch, with the losses and the figures of the balance by name.
+    """Refuse a history that is not a list with an entry for each epoch, which has the losses and the figures of the balance by name.
 
     Args:
         history: of a checkpoint, or of the results that were written from one.
@@ -100,7 +100,7 @@ def check_history(history: Any) -> None:
         ValueError: it is something else.
     """
     if not isinstance(history, list) or not all(map(_is_epoch, history)):
-        raise ValueError("the history of the training is none")
+        raise ValueError("the history of the training is not a list of its epochs")
 
 
 def _is_epoch(entry: Any) -> bool:
@@ -117,7 +117,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Whether this is text that may stand in a table or a figure: of a class, a loss term, a phase."""
+    """Whether this is text that is accepted as the name of a class, a loss term or a phase."""
     return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
 
 
@@ -142,7 +142,7 @@ def is_plain(value: Any, levels: int) -> bool:
 
 
 def scales_in_place(norm: str) -> bool:
-    """Whether a norm scales by |weight| + eps, so that the weights of one that scales by the weight mean another network.
+    """Whether a norm scales by |weight| + eps; the same weights give another network with norms that scale by the weight.
 
     Args:
         norm: a key of `modules.norm.NORMS`.

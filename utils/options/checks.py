@@ -1,7 +1,7 @@
-"""Combinations and values of options that cannot work, refused before anything is read or built.
+"""Checks of the values and combinations of options, before anything is read or built.
 
-Each part of a method brings the `Rules` of its own options; `SHARED` are those of the options that every method has. Both are
-evaluated here. Every refusal is one UserError that names the flag, its value and the remedy. `notes` says what does nothing.
+The `Rules` of a part of a method are about its own options; `SHARED` are about the options of all methods. This module evaluates both.
+Every refusal is a UserError that names the option, its value and the remedy. `notes` lists options that have no effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from utils.runtime import amp
 
 _HUGE = 2**1000
 
-#: What is asked of the options in argparser.py.
+#: Rules of the options in argparser.py.
 SHARED = Rules(
     ranges={
         "local_rank": (0, 10**5), "random_seed": (0, 2**32 - 1), "threads": (0, 4096), "num_workers": (0, 1024),
@@ -50,12 +50,12 @@ SHARED = Rules(
     classes_only={"dont_predict_bg": bool},
 )  # fmt: skip
 
-#: A switch that a preset sets has no spelling that would take it back.
+#: Remedy for a switch that a preset sets, because no option unsets it.
 PRESET_REMEDY = ", or give --method FT with the options of your own"
 
 
 def check_all(opts: Namespace, rules: Sequence[Rules]) -> None:
-    """Run every check that needs nothing but the options.
+    """Run all checks that need the options alone.
 
     Args:
         opts: the parsed command line.
@@ -123,7 +123,7 @@ def check_domain_incremental(opts: Namespace, rules: Sequence[Rules]) -> None:
 
 
 def notes(opts: Namespace, rules: Sequence[Rules]) -> list[str]:
-    """What the user should know before a run: one line each, in a fixed order.
+    """Notes for the user before a run, one line each, in a fixed order.
 
     Args:
         opts: the parsed command line, after `check_all`.
@@ -171,7 +171,7 @@ def _trains(opts: Namespace) -> bool:
 
 
 def _shown(opts: Namespace, dest: str) -> str:
-    """An option as it was typed, and where it comes from if the user did not write it."""
+    """An option as the user wrote it, or with its origin if the user did not write it."""
     value = getattr(opts, dest)
     text = "" if value is True else f" {str(value)[:80]}"
     return f"--{dest}{text}{_origin(opts, dest)}"
@@ -246,7 +246,7 @@ def _exclusive(opts: Namespace, rules: Sequence[Rules]) -> None:
 
 
 def _nothing_at_step_0(opts: Namespace, rules: Sequence[Rules]) -> None:
-    """A command line with an option of later steps is that of all steps of a script, step 0 included."""
+    """Whether a command line for step 0 has options that only later steps read: then a script uses it for all steps."""
     if set(opts.step) != {0}:
         return
     given = opts.explicit | set(dict(opts.preset_applied))

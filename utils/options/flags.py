@@ -1,7 +1,7 @@
-"""What became of each of the 130 flags of the official command line: a table, held to the parser by a test.
+"""Table of the 130 flags of the official command line; a test compares it with the parser.
 
-A flag is live (it changes what its help says), or it has no effect in the official program either (accepted, and said).
-Some values of live flags are refused, with the reason. Flags go by their official spelling, without the dashes.
+A flag is live, or it has no effect in the official program either, and is accepted with a note. Some values of live flags are refused,
+with the reason. Flags have their official spelling, without the dashes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NO_EFFECT = "no effect"
 #: The choices of the official `--method`, in their order.
 OFFICIAL_METHODS = ("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MiB", "PLOP")
 
-#: Official spellings that do not say what they are, and the name under which the program knows them.
+#: Official names that do not describe the option, and the name that this program uses.
 RENAMED = {
     "aaaaaa": "mcd_factor",
     "mmm": "mcd_groups",
@@ -72,7 +72,7 @@ def dest(flag: str) -> str:
 
 
 def no_effect(explicit: Collection[str]) -> list[str]:
-    """One line for each given flag that does nothing.
+    """One line for each given flag that has no effect.
 
     Args:
         explicit: the dests that the command line gives.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def option_group(parser: ArgumentParser, title: str) -> Any:
-    """The group of that title, made where the parser has none yet.
+    """The group with that title; it is added if the parser does not have it.
 
     Args:
         parser: the command line.

@@ -1,4 +1,4 @@
-"""What can be asked of options: their ranges, and which of them exclude or need each other. `checks` evaluates it."""
+"""Rules about options: their ranges, and which of them exclude or need each other. `checks` evaluates them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-#: The greatest value of options that have no other bound.
+#: Upper bound of options without another one.
 LARGE = 10**9
 
-#: Whether a command line is a certain way.
+#: A condition on a command line.
 Test = Callable[[Namespace], object]
 
 
 class Rules(NamedTuple):
-    """What the options of one part (`methods.base.Part.rules`), or those that all methods share, may be.
+    """Rules for the options of one part (`methods.base.Part.rules`), or for those that all methods share.
 
-    Options go by their dest. "Given" means not None, False or 0. Messages show an option as `--dest`. Sentences may name the values of
-    options in braces, such as "--pod_apply {pod_apply}".
+    Options are named by their dest. "Given" means not None, False or 0. Messages show an option as `--dest`. Texts may contain the values
+    of options in braces, such as "--pod_apply {pod_apply}".
 
     Attributes:
         ranges: least and greatest value by dest, both inclusive; of every element, where an option takes several.
-        exclusive: (sentence for the first option, whether it is given, the same for the second); both given is refused.
-        requires: (dest, sentence for what it needs, whether that is given); a given dest without it is refused.
-        positive: greatest value by dest; the least is any above 0.
-        choices: by dest, the values of an option that the parser takes as free text.
-        one_of: (dests, what each of them sets); two of them given are refused.
+        exclusive: (text for the first option, whether it is given, the same for the second); both given is refused.
+        requires: (dest, text for what it needs, whether that is given); a given dest without it is refused.
+        positive: upper bound by dest of values that must be above 0.
+        choices: by dest, the values of an option that the parser accepts as free text.
+        one_of: (dests, what each of them sets); if two of them are given, they are refused.
         idle: (what the options need, whether that is given, dests); a dest that the user gives without it is named in a note and
             does nothing.
         later: dests that step 0 does not read. Runs that differ in them alone can share their step 0.
@@ -33,7 +33,7 @@ class Rules(NamedTuple):
         nothing_at_step_0: by dest, why it does nothing at step 0, as the rest of a sentence that begins with the option. A note says
             so; a command line for step 0 alone is refused, unless it has options of `later` or `for_later` of other rules.
         classes_only: by dest, whether a value needs steps that add classes and a background; refused where steps are domains.
-        check: raises UserError for what the fields above cannot say.
+        check: raises UserError for rules that the fields above cannot express.
     """
 
     ranges: Mapping[str, tuple[float, float]] = {}

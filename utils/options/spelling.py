@@ -1,4 +1,4 @@
-"""How words of a command line are read: names in any case, suggestions for misspelt ones, defaults in the help."""
+"""Reading of the command line: names in upper or lower case, suggestions for misspelt names, defaults in the help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
-#: What run.py prints when it is started without a word.
+#: Text that run.py prints if it is started without arguments.
 USAGE = """\
 Train, test or describe steps of a class-incremental segmentation task:
 
@@ -23,10 +23,10 @@ The data set shapes is drawn by the program and needs no files. docs/command-lin
 
 
 def given(argv: Sequence[str] | None) -> list[str]:
-    """The words that a program was started with.
+    """The arguments of the program.
 
     Args:
-        argv: the words, or None for those of this process.
+        argv: the arguments, or None for those of this process.
 
     Raises:
         SystemExit: 2, after `USAGE`, if there are none.
@@ -39,7 +39,7 @@ def given(argv: Sequence[str] | None) -> list[str]:
 
 
 class AnyCase(Collection[str]):
-    """Names that the command line may spell in any case: choices of an option.
+    """Choices of an option whose case the command line may change.
 
     Args:
         names: as the program spells them.
@@ -63,7 +63,7 @@ class AnyCase(Collection[str]):
 
 
 class Parser(argparse.ArgumentParser):
-    """The standard parser, which also suggests what a misspelt option or choice may have meant, and refuses `--` as a value.
+    """The standard parser, with suggestions for misspelt options and choices. It refuses `--` as a value.
 
     Python 3.11 reads `--option=--` as an option with an empty list of values, whatever the option takes.
     """
@@ -104,16 +104,16 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """The usage and the message, without characters that no terminal prints; exit code 2."""
+        """Print the usage and the message, with unprintable characters escaped, and exit with code 2."""
         super().error(message.encode(errors="backslashreplace").decode())
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
-    """What a misspelt word may have meant, as the end of a message.
+    """A suggestion for a misspelt word, as the end of a message.
 
     Args:
-        word: what was given.
-        known: what could have been given.
+        word: the given word.
+        known: the valid words.
 
     Returns:
         "; did you mean NAME?" with the most similar name, in any case, or "" if none resembles the word.

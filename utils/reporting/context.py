@@ -1,4 +1,4 @@
-"""What surrounds a training: its device, its log, stop requests, and how often its state is saved."""
+"""What the trainer and the phases of a method share: device, log, stop requests, and when the state is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.runtime.signals import StopRequest
 
 @dataclass
 class Context:
-    """What the trainer and the phases of a method share.
+    """Device, log and requests of a training.
 
     Attributes:
         device: where to compute.
@@ -34,7 +34,7 @@ class Context:
     saved_at: float = field(default_factory=lambda: time.monotonic())
 
     def save_due(self) -> bool:
-        """Whether the state is to be saved now by the clock, decided for all processes together."""
+        """Whether `save_minutes` have passed since the last save, on any process; the answer is equal on all processes."""
         if not self.save_minutes:
             return False
         return distributed.any_true(time.monotonic() - self.saved_at > 60 * self.save_minutes, self.device)

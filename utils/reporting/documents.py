@@ -1,4 +1,4 @@
-"""The JSON of a run as it is read: every value is checked, and files of earlier versions are converted.
+"""Reading of the JSON of a run: every value is checked, and files of earlier versions are converted.
 
 Scores (IoU, accuracy and their means) are percentages. Files of earlier versions, which have no "unit", hold fractions.
 """
@@ -90,7 +90,7 @@ def _entry_in_percent(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _misfits(document: Any) -> Iterator[str]:
-    """The places of a document that are not as this program writes them."""
+    """The places at which a document differs from what this program writes."""
     if not isinstance(document, dict) or not is_plain(document, levels=12):
         yield "no dictionary of plain values"
         return

@@ -1,4 +1,4 @@
-"""Reading TensorBoard files back, as far as an earlier part of a run must be continued."""
+"""Reading of TensorBoard files, to continue the curves of an earlier part of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def events(path: Path) -> Iterator[Any]:
-    """The events of a file, up to the first that a killed process or a broken disk left incomplete.
+    """The events of a file, up to the first incomplete one, which a killed process or a broken disk may have left.
 
     Args:
         path: records of 8 bytes length, 4 bytes checksum, the event, 4 bytes checksum.

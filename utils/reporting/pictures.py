@@ -27,7 +27,7 @@ _MARGIN, _LINE = 6, 16
 
 
 class Sample(NamedTuple):
-    """A test image, its labels and what the network says of it.
+    """A test image, its labels and the prediction of the network.
 
     Attributes:
         image: (H, W, 3) uint8.
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Legend(NamedTuple):
-    """What the values of a mask stand for.
+    """Names and colours of the values of a mask.
 
     Attributes:
         names: of the classes by position.
@@ -116,7 +116,7 @@ def write(folder: Path, step: int, samples: Sequence[Sample], legend: Legend) ->
 
 
 def _write_image(picture: Image.Image, path: Path) -> None:
-    """Write aside and rename: an interrupted run leaves no half picture."""
+    """Write under another name and rename, so that an interrupted run leaves no incomplete picture."""
     aside = path.with_suffix(".writing")
     picture.save(aside, format="PNG")
     aside.replace(path)
@@ -141,7 +141,7 @@ def copy_steps(source: Path, target: Path, last_step: int) -> None:
 
 
 def read(results_file: Path) -> Shown | None:
-    """The pictures of a run, or None if it has none or others wrote into its folder.
+    """The pictures of a run, or None if it has none or its folder contains other files.
 
     Args:
         results_file: its CSV or JSON.

@@ -1,7 +1,7 @@
-"""The results of a run: the official CSV, one row a step, and a JSON beside it with everything the CSV has no column for.
+"""The results of a run: the official CSV with one row per step, and a JSON with everything that the CSV has no column for.
 
-Scores (IoU, accuracy and their means) are percentages in the JSON, which says so under "unit", in TensorBoard and on the terminal. The
-CSV has the format of the official programs and holds fractions, as their average_csv.py expects.
+Scores (IoU, accuracy and their means) are percentages in the JSON, as its "unit" says, in TensorBoard and on the terminal. The CSV has
+the format of the official programs, with fractions, which their average_csv.py expects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.reporting import pictures
 from utils.reporting.documents import UNIT, epoch_in_percent, percent, read
 from utils.types import TaskLike
 
-#: What the official CSV writes for a class that is not learned yet or does not occur.
+#: Entry of the official CSV for a class that is not learned yet or does not occur.
 ABSENT = "x"
 #: Options that change the scores of given weights.
 EVALUATION_OPTIONS = (
@@ -54,7 +54,7 @@ def csv_path(opts: Namespace, task: TaskLike) -> Path:
 
 
 def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bool:
-    """Whether CSV and JSON have the test of these very weights, not of an earlier training of the step.
+    """Whether CSV and JSON have the test of exactly these weights, not of an earlier training of the step.
 
     Args:
         opts: results, date, name.
@@ -88,7 +88,7 @@ def origin(opts: Namespace, checkpoint: str | Path, trained_with: dict[str, Any]
 
 
 def check(opts: Namespace, task: TaskLike, ours: dict[str, Any]) -> None:
-    """Refuse existing results that could not be continued, before a day of training ends on them.
+    """Refuse existing results that could not be continued; called before the training.
 
     Args:
         opts: results, date, name.
@@ -140,11 +140,11 @@ def write(
 
 
 def describe(entry: dict[str, Any], labels: str) -> str:
-    """The figures of a step in a line.
+    """The scores of a step, as one line of text.
 
     Args:
         entry: of the step, as `write` returns it.
-        labels: which labels the test counts, in words.
+        labels: which labels the test counts, as text.
     """
 
     def shown(key: str) -> str:
@@ -205,7 +205,7 @@ def _record(opts: Namespace, task: TaskLike, rows: dict[int, str], entries: dict
         steps = document["steps"] | entries
         document |= _header(opts, task) | {"steps": {step: steps[step] for step in sorted(steps, key=int)}}
         _summarise(document, task.at(0).num_total)
-        # The CSV goes first: `recorded` believes the JSON's digest of the weights.
+        # The CSV is written first, because `recorded` trusts the digest of the weights in the JSON
         table = "".join(f"{rows[step]}\n" for step in sorted(rows))
         _replace({path: table, path.with_suffix(".json"): json.dumps(document, indent=1)})
     return document["steps"]
@@ -241,7 +241,7 @@ def _require_same_run(path: Path, document: dict[str, Any], entries: dict[str, A
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What two entries of a step do not have in common, in words; earlier versions did not say where a test came from."""
+    """The differences between two entries of a step, as text; entries of earlier versions do not name the checkpoint."""
     if "checkpoint" not in theirs:
         return []
     keys = ["evaluation"]
@@ -275,7 +275,7 @@ def _evaluation(opts: Namespace) -> dict[str, Any]:
 def _entry(
     opts: Namespace, task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]
 ) -> dict[str, Any]:
-    """The entry of a step in the JSON, but for the figures of `metrics.summary`."""
+    """The entry of a step in the JSON, without the scores of `metrics.summary`."""
     fractions = {
         "overall_accuracy": scores["Overall Acc"],
         "mean_accuracy": scores["Mean Acc"],
@@ -313,7 +313,7 @@ def _header(opts: Namespace, task: TaskLike) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the code that runs, with a mark for local changes; None outside a git checkout."""
+    """Commit of this code, with a mark for local changes; None outside a git checkout."""
     folder = Path(__file__).resolve().parents[2]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         described = subprocess.run(
@@ -329,7 +329,7 @@ def commit() -> str | None:
 
 
 def _read_rows(path: Path) -> dict[int, str]:
-    """Rows of an existing CSV by step; a line that is no row is dropped, it cannot come from this program."""
+    """Rows of an existing CSV by step; other lines, which this program does not write, are dropped."""
     if not path.is_file():
         return {}
     rows = {}
@@ -346,8 +346,8 @@ def _read_or_empty(path: Path) -> dict[str, Any]:
 
 
 def _replace(texts: dict[Path, str]) -> None:
-    """Write aside, flush to the disk, rename: a reader never sees half a file, and a full disk changes none of them."""
-    # One name each: callers hold the lock, and a killed one leaves no heap.
+    """Write under other names, flush to the disk, rename: no reader gets an incomplete file, and a full disk changes no file."""
+    # The names are fixed: callers hold the lock, and killed processes leave at most one such file each
     asides = {path: path.with_name(f".{path.name}.writing") for path in texts}
     try:
         for path, aside in asides.items():
