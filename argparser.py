@@ -4,10 +4,10 @@
     python run.py --list_methods      the methods and what their presets set
     python run.py --data_root DATA --dataset voc --task 15-5s --overlap --step 0 1 2 3 4 5 --method PLOP --dry_run
 
-A method's preset replaces defaults, never what stands on the command line. Odd official spellings (`--mmm`, `--dis`, …)
-are stored under names that say what they are and have a readable alias. Which official flags do something is written
-in utils/options/flags.py. Values and combinations that cannot work are written as `Rules`, in utils/options/checks.py for
-the options of this file and in each part for its own.
+The preset of a method replaces defaults, but no option of the command line. Official names that do not describe the option
+(`--mmm`, `--dis`, …) have a readable alias, under which they are stored. utils/options/flags.py lists which official flags have
+an effect. Values and combinations that cannot work are defined by `Rules`, in utils/options/checks.py for the options of this
+file, and in each part for its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from utils.options.rules import Rules
 from utils.options.spelling import AnyCase, Parser, show_defaults
 from utils.runtime import amp, distributed
 
-#: Groups of `--help` that the parts of methods fill, in their order; further ones of theirs come behind.
+#: Groups of `--help` with options of parts of methods, in their order; other groups of parts follow them.
 PART_GROUPS = (
     "classification loss",
     "distillation of outputs",
@@ -53,7 +53,7 @@ RATES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every group of options, those that methods bring included."""
+    """The parser with all groups of options, also those of methods."""
     parser = Parser(
         prog="run.py",
         usage="run.py [options], all listed by run.py --help",  # the generated one hides an error under 80 lines
@@ -74,19 +74,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read a command line and put the method's preset under it.
+    """Parse a command line and apply the preset of the method.
 
     Args:
-        argv: the words after the program's name, those of this process by default.
+        argv: the arguments of the program; None: those of this process.
 
     Returns:
-        The options, and beside them `explicit`, the set of dests that the command line gives, `preset_applied`, the
-        (dest, value) pairs that the method's preset changed, and `task_preset`, the dests among them that are
-        of this data set and task alone. LOCAL_RANK of the environment wins over `--local_rank`; an empty
-        `--date` becomes today.
+        The options, and three further attributes: `explicit`, the set of dests that the command line gives; `preset_applied`, the
+        (dest, value) pairs that the preset of the method changed; and `task_preset`, the dests among them that the preset
+        changes for this data set and task alone. LOCAL_RANK in the environment has priority over `--local_rank`; an empty
+        `--date` is replaced by today's date.
 
     Raises:
-        SystemExit: 2, after a message, for a command line that cannot be read; 0 for `--help`.
+        SystemExit: 2, after a message, for a command line that cannot be parsed; 0 for `--help`.
     """
     parser = build_parser()
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
@@ -124,7 +124,7 @@ def _words_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def check(opts: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is read or built.
+    """Refuse options that cannot work, before anything is read or built.
 
     Args:
         opts: what `parse` returned.
@@ -160,22 +160,22 @@ def restore(options: Mapping[str, Any], path: Path) -> argparse.Namespace:
 
 
 def notes(opts: argparse.Namespace) -> list[str]:
-    """What is accepted but does nothing, and what a preset does for this task alone: a line each, after `check`."""
+    """Options without effect, and changes of a preset for this task alone: a line for each; called after `check`."""
     return checks.notes(opts, all_rules())
 
 
 def all_rules() -> list[Rules]:
-    """What is asked of the shared options, and of those of every part."""
+    """The rules of the shared options, and of the options of every part."""
     return [checks.SHARED, *(part.rules for part in methods.all_parts())]
 
 
 def later_options() -> frozenset[str]:
-    """The dests that step 0 does not read."""
+    """The dests of options that step 0 does not read."""
     return frozenset(dest for rules in all_rules() for dest in rules.later)
 
 
 def announce(opts: argparse.Namespace, device: torch.device) -> None:
-    """Say once what a preset, an official leftover or a mapping changes."""
+    """Print the changes by the preset, the notes about options, and the precision."""
     if opts.preset_applied:
         print(f"--method {opts.method}: " + ", ".join(f"{dest}={value}" for dest, value in opts.preset_applied))
     for note in notes(opts):
@@ -186,7 +186,7 @@ def announce(opts: argparse.Namespace, device: torch.device) -> None:
 
 
 def options_of_step(opts: argparse.Namespace, task: Task) -> argparse.Namespace:
-    """The options as this step sees them: its learning rate."""
+    """The options of a step: a copy with `lr_of_step`, its learning rate."""
     opts = copy.copy(opts)
     opts.lr_of_step = scheduler.rate_of_step(opts.lr, opts.step, task.step)
     return opts
@@ -204,7 +204,7 @@ def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
 
 
 def _check_task(opts: argparse.Namespace) -> None:
-    """The task exists and has the steps."""
+    """Check that the task exists and has the steps."""
     steps = [load_task(opts, step) for step in opts.step]
     if opts.method == "Joint" and steps[0].last_step > 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reading images and masks, and what to say when one cannot be read. As a program, a worker of the parallel scan:
+"""Reading of images and masks, with messages for those that cannot be read. As a program, a worker of the parallel scan:
 
     python dataset/files.py < job.json > answer.json
 
@@ -24,11 +24,11 @@ if __name__ == "__main__":  # started as a program, from whatever folder
 
 from utils.errors import UserError
 
-#: Below this many files a second process costs more than it saves.
+#: Files per process of the scan; with fewer files a second process takes more time than it saves.
 _FILES_PER_PROCESS = 500
 _MAX_PROCESSES = 16
 
-#: What Pillow may take a file for, whatever its name. Others of its readers start programs (EPS: Ghostscript).
+#: Formats that Pillow may read, whatever the name of the file. Some of its other readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 #: Formats that keep every value of a mask, and the ways to pack a TIFF that do not.
@@ -58,7 +58,7 @@ def _open(path: str, what: str) -> Image.Image:
 
 
 def _reason(error: Exception, path: str) -> str:
-    """The decoder's words without the path, which the message names already."""
+    """The message of the decoder without the path, which the caller's message contains."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.replace(repr(path), "the file")
 
@@ -91,8 +91,8 @@ def open_mask(path: str) -> Image.Image:
 def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
     """The image at `path`, not yet decoded, if its size (width, height) is that of its mask (None: not known).
 
-    Masks are drawn on the pixels as they are stored, and the official program ignores the EXIF orientation. So does
-    this one, unless only the turned image fits the mask; then it is turned.
+    Masks belong to the pixels as they are stored, and the official program ignores the EXIF orientation. This program ignores it
+    too, unless only the rotated image has the size of the mask; then the image is rotated.
     """
     image = _open(path, "image")
     _check_mode(image, path)
@@ -144,7 +144,7 @@ def read_picture(path: str) -> np.ndarray:
 
 
 def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode: bool) -> tuple[list[int], str]:
-    """The ids in a mask, and what is wrong with it or its image ("" if nothing).
+    """The ids in a mask, and the problem of the mask or its image ("" if there is none).
 
     Args:
         valid: values that a mask may have.
@@ -211,7 +211,7 @@ def inspect(
 
 
 def main() -> None:
-    """One job from stdin, its answer to stdout; stop requests are for the main process, without which there is nothing to do."""
+    """Read a job from stdin and write its result to stdout. Stop requests are ignored; the process ends with the main process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent, job, found = os.getppid(), json.load(sys.stdin), []

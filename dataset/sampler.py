@@ -1,4 +1,4 @@
-"""Which samples a process sees, in which order: a function of seed, step and epoch alone. A run can stop and continue anywhere."""
+"""The samples of a process and their order, which depend on seed, step and epoch alone, so that a run can continue at any batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from utils.runtime.signals import StopRequest
 
 
 class EpochSampler(Sampler[int]):
-    """A shuffled epoch, dealt out to the processes like cards; incomplete last batches are dropped.
+    """The samples of a shuffled epoch, distributed over the processes in turn; incomplete last batches are dropped.
 
-    The union of the k-th batches of all processes is the k-th batch that one process would draw with their joint batch size.
+    The k-th batches of all processes together are the k-th batch of one process with a batch size multiplied by their number.
 
     Args:
         length: size of the data set.
         batch_size: per process.
         seed: of the run.
         rank, world_size: this process and how many there are.
-        step: of the task; steps have orders of their own.
+        step: of the task; each step has its own order.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, step: int = 0):
@@ -46,7 +46,7 @@ class EpochSampler(Sampler[int]):
         return self.length // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch within it, that the next iteration starts with."""
+        """Choose the epoch, and its first batch, of the next pass."""
         self.epoch = epoch
         self.first_batch = first_batch
 
@@ -74,7 +74,7 @@ class EpochSampler(Sampler[int]):
 
 
 class PartSampler(Sampler[int]):
-    """Every sample exactly once over all processes, in order: evaluation counts no image twice.
+    """The samples of one process of an evaluation; all processes together have each sample exactly once.
 
     Args:
         length: size of the data set.
@@ -99,8 +99,8 @@ class Loader:
         sampler: which samples, in which order.
         batch_size: samples of a batch.
         opts: num_workers, random_seed.
-        pin_memory: put the batches where a GPU fetches them faster.
-        lasting: complete batches only, worker processes kept from epoch to epoch, as a training wants it.
+        pin_memory: put the batches into pinned memory, from which a GPU copies faster.
+        lasting: for a training: complete batches only, and worker processes that are kept over epochs.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Loader:
             persistent_workers=lasting and opts.num_workers > 0,
             worker_init_fn=workers.follow_training,
             multiprocessing_context=workers.START_METHOD if opts.num_workers > 0 else None,
-            # A generator of its own: starting an iterator must not move torch's, which a resume restores.
+            # Its own generator: starting an iterator must not change the state of torch's, which a resume restores
             generator=torch.Generator().manual_seed(opts.random_seed),
         )
 
@@ -164,13 +164,13 @@ class TrainingBatches(Protocol):
         Args:
             epoch: its order and its random crops.
             first_batch: the batch that it begins with.
-            purpose: what the batches serve; each purpose has its own random crops.
+            purpose: what the batches are read for; each purpose has its own random crops.
         """
         ...
 
     @property
     def indices(self) -> np.ndarray:
-        """The images of the step by their place in the training split, which a replay memory can keep."""
+        """Indices in the training split of the step's images, which a replay memory can store."""
         ...
 
     def __len__(self) -> int:
@@ -322,7 +322,7 @@ class FixedBatches:
 
 
 class Interruptible:
-    """Batches whose passes end early, after at least one batch, once a stop is asked for.
+    """Batches whose passes end early after a stop request, but not before the first batch.
 
     Args:
         batches: what is read.

@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.reporting.events import scalars_at
 from utils.runtime import distributed
 
-#: Seconds after which what was logged is flushed to the disk.
+#: Seconds between two flushes of the log to the disk.
 FLUSH_SECONDS = 30.0
 
 Item = TypeVar("Item")
@@ -40,16 +40,17 @@ class Logger:
 
         Args:
             folder: where they go.
-            first_iteration: iterations done before. What an earlier run logged after them is superseded, so that no curve has two
-                values in one place, and so is what it validated then, because that is repeated. None: nothing is superseded.
+            first_iteration: number of iterations done before. Values that an earlier run logged after them are superseded, so that no
+                curve has two values at one place. Its validation after this iteration is superseded too, because it is repeated.
+                None: nothing is superseded.
 
         Raises:
             UserError: the folder cannot be written.
         """
         if not distributed.is_main():
             return
-        # Slow to import, and not needed by a dry run. Not the library's SummaryWriter: its thread dies on a full disk, and all
-        # that log after it wait for ever.
+        # Imported here because it is slow, and a dry run does not need it. The SummaryWriter of the library is not used: its thread
+        # ends on a full disk, and later calls wait for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -60,13 +61,13 @@ class Logger:
                 kept = {
                     n: v for n, v in scalars_at(folder, first_iteration).items() if not n.startswith(("val/", "test/"))
                 }
-            # The library's names are good for one file a second.
+            # The names of the library are unique only for files of different seconds
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         except OSError as error:
             raise UserError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
         self.flushed_at = time.monotonic()
         if first_iteration is not None:
-            # Readers drop all from this abscissa on, the last iteration that is not repeated with it: it is written again.
+            # Readers drop all values from this iteration on, also those of this iteration, which are therefore written again
             self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
             self.scalars(kept, first_iteration)
 
@@ -82,7 +83,7 @@ class Logger:
 
     @contextlib.contextmanager
     def _tolerating_faults(self) -> Iterator[None]:
-        """A disk that takes no more curves is no reason to stop a training."""
+        """Context in which a failing disk ends the log to TensorBoard with a note, and not the training."""
         try:
             yield
         except OSError as error:
@@ -135,7 +136,7 @@ class Logger:
             self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Write pending events and close the file."""
         if self.writer is not None:
             with self._tolerating_faults():
                 self.writer.close()
