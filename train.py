@@ -7,6 +7,7 @@ scores = trainer.evaluate(test_loader)
 
 from __future__ import annotations
 
+import contextlib
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -165,7 +166,7 @@ class Trainer:
         return self._end_epoch()
 
     def trial(self, batches: TrainingBatches) -> None:
-        """Run one batch forward and backward to test whether it fits into the memory; the state is restored.
+        """Train one batch to test whether an iteration fits into the memory; the state before it is restored.
 
         Args:
             batches: the first one is taken.
@@ -173,27 +174,22 @@ class Trainer:
         Raises:
             RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` turns this into a UserError.
         """
-        images, labels = next(iter(batches))
-        images = images.to(self.device, self.dtype, memory_format=self.layout)
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
-        momenta = self._momenta_to_come()
-        try:
-            with self.precision.autocast():
-                batch = self.method.prepare(images, labels.to(self.device).long(), self.teacher)
-                batch = batch.with_student(self.network(batch.images))
-            torch.stack([term.reshape(()) for term in self.method.terms(batch).values()]).sum().backward()
-        finally:
-            del momenta
-            self.optimizer.zero_grad(set_to_none=True)
-            self._restore_buffers(buffers)
+        state = copy_to_cpu(self.state_dict())  # before the loader draws from a random generator
+        buffers = [buffer.clone() for buffer in self.network.buffers()]  # some are in no state dict
+        self._allocate_momenta()
+        self.model.train()
+        with contextlib.suppress(NonFiniteLoss):  # the training itself will say so
+            self.train_iteration(*next(iter(batches)))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.divergence, self.stop_agreed = DivergenceWatch(), 0
+        self._restore(state)
+        self._restore_buffers(buffers)
 
-    def _momenta_to_come(self) -> list[Tensor]:
-        """Memory of the size of the momenta, which the first step of the optimiser will allocate."""
-        if self.opts.momentum == 0 or self.optimizer.state:
-            return []
-        return [
-            torch.empty_like(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
+    def _allocate_momenta(self) -> None:
+        """Give the optimiser the momenta that it has from its first step on: the second backward pass has to fit beside them."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters if self.opts.momentum else []:
+            self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
     @torch.no_grad()
     def _restore_buffers(self, buffers: list[Tensor]) -> None:
@@ -440,25 +436,27 @@ class Trainer:
                 "--resume: the interrupted run is of another version of this program, which would not continue it exactly; "
                 "start the step anew without --resume"
             )
-        random, processes = state["random"], distributed.world_size()
-        if len(random) != processes:
+        before, processes = len(state["random"]), distributed.world_size()
+        if before != processes:
             raise UserError(
-                f"the interrupted run had {len(random)} processes, this one has {processes}; "
+                f"the interrupted run had {before} processes, this one has {processes}; "
                 "start as many as before, or without --resume"
             )
         parts: dict[str, Any] = {"scheduler": self.scheduler, "precision": self.precision, "balancer": self.balancer}
-        parts["model"] = self.network
-        mine = {name: part.state_dict() for name, part in parts.items()} | {"position": [0] * 4, "best_score": 0.0}
-        mine["divergence"] = [None, False]
+        mine = {name: part.state_dict() for name, part in (parts | {"model": self.network}).items()}
+        mine |= {"position": [0] * 4, "best_score": 0.0, "divergence": [None, False]}
         if not (mine["precision"] and state["precision"]):  # a scaler has no state on the CPU
             del mine["precision"]
         structure.require_fit(mine, {name: state[name] for name in mine}, "state")
         structure.check_log(state["history"], state["meters"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Put every part back to a state that `state_dict` took of it."""
+        for name in ("scheduler", "precision", "balancer", "optimizer", "method"):
+            getattr(self, name).load_state_dict(state[name])
+        self.network.load_state_dict(state["model"])
         structure.check_momenta(self.optimizer)
-        self.method.load_state_dict(state["method"])
         for run, saved in zip(self.phase_runs, state["phases"], strict=True):
             run.load_state_dict(saved)
         self.epoch, self.iteration, self.validated_epoch, self.skipped = state["position"]
@@ -466,4 +464,4 @@ class Trainer:
         self.best_score = state["best_score"]
         self.history[:] = state["history"]
         self.divergence.reference, self.divergence.warned = state["divergence"]
-        set_random_state(random[distributed.rank()], self.device)
+        set_random_state(state["random"][distributed.rank()], self.device)

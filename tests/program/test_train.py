@@ -1,7 +1,6 @@
 """The trainer: optimiser, schedule, saves, validations, non-finite losses, evaluation, state."""
 
 import random
-import weakref
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import nn
 
 import argparser
 import dataset
-import train
 from dataset.sampler import FixedBatches
 from tests.support import thin
 from utils import scheduler
@@ -223,38 +221,6 @@ def test_fixed_norms_stay_as_they_are():
     assert moved and not [name for name in moved if "bn" in name]
 
 
-def test_a_trial_batch_leaves_no_trace():
-    trainer = trainer_of("--method LSKD", ((0, 1, 2), (3,)), (thin.images(2), thin.bands(0, 3, 255)))
-    before = weights(trainer)
-    trainer.trial(batches(1, (0, 3, 255)))
-    assert same(weights(trainer), before)
-    assert all(parameter.grad is None for parameter in trainer.network.parameters())
-    assert trainer.total_iterations == 0
-
-
-@pytest.mark.parametrize(("momentum", "copies"), [(0.9, 1), (0, 0)])
-def test_a_trial_batch_leaves_room_for_the_momenta(monkeypatch, momentum, copies):
-    """The optimiser allocates them after the first backward pass, and the second batch has to fit beside them."""
-    trainer = trainer_of(f"--momentum {momentum} --channels_last")
-    parameters = [p for p in trainer.network.parameters() if p.requires_grad]
-    held, seen, empty_like, prepare = [], [], torch.empty_like, trainer.method.prepare
-
-    def allocate(parameter):
-        tensor = empty_like(parameter)
-        held.append(weakref.ref(tensor))
-        return tensor
-
-    def look(images, labels, teacher):
-        seen.append((sum(one().numel() for one in held), images.is_contiguous(memory_format=torch.channels_last)))
-        return prepare(images, labels, teacher)
-
-    monkeypatch.setattr(train.torch, "empty_like", allocate)
-    monkeypatch.setattr(trainer.method, "prepare", look)
-    trainer.trial(batches(1))
-    assert seen == [(copies * sum(p.numel() for p in parameters), True)]
-    assert not [one for one in held if one() is not None]
-
-
 # -------------------------------------------------------------- non-finite losses
 
 
@@ -412,20 +378,3 @@ def test_compiled_networks_learn_the_same(method, monkeypatch):
     compiled = [hasattr(network, "_orig_mod") for network in (trainer.model, trainer.teacher)]
     assert compiled == [method == "FT", True]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-def test_evaluation_starts_its_processes_before_it_talks_to_the_others(monkeypatch):
-    """A fork while a thread of the back end is busy can leave a child that never starts."""
-    happened = []
-
-    class Loader(list):
-        def __iter__(self):
-            happened.append("processes")
-            return super().__iter__()
-
-    with thin.program():
-        step = thin.Step("--method FT")
-        trainer = step.trainer()
-        monkeypatch.setattr(trainer, "_share_buffers", lambda: happened.append("talk"))
-        trainer.evaluate(Loader([(thin.images(2), thin.bands(0, 4, 5, 255))]))
-    assert happened == ["processes", "talk"]

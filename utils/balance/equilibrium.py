@@ -391,6 +391,7 @@ class GradientEquilibrium:
         self.weights.copy_(state["weights"])
         self.initial_losses = state["initial_losses"].to(self.initial_losses)
         self.epoch, self.iteration = state["epoch"], state["iteration"]
+        self._measured = None
         if state["measured"] is not None:
             vectors = {name: value.to(self.initial_losses) for name, value in state["measured"].items()}
             self._measured = _Measured(**vectors)
