@@ -191,6 +191,12 @@ class AttributionTransfer(Part):
         exclusive=[
             (_AWT, percentage, "--init_balanced (--orig_init)", lambda opts: "init_balanced" in opts.explicit),
             (_AWT, percentage, "--no_att", lambda opts: opts.no_att),
+            (
+                "--att 0, which means no AWT,",
+                lambda opts: "att" in opts.explicit and opts.att == 0,
+                "--init_awt, which --method MiB+AWT sets,",
+                lambda opts: opts.init_awt,
+            ),
             (_AWT, percentage, "--cosine", lambda opts: opts.cosine),
             (
                 _AWT,

@@ -268,6 +268,7 @@ def test_programs_of_the_release_on_ade(task, images, channels):
         ("--att 25", ["--att 25 needs --mask_att"]),
         ("--init_awt --init_balanced", ["--init_awt (--att) and --init_balanced", "exclude each other"]),
         ("--init_awt --no_att", ["--no_att", "exclude each other"]),
+        ("--method MiB+AWT --att 0", ["--att 0", "--init_awt, which --method MiB+AWT sets", "exclude each other"]),
         ("--init_awt --cosine", ["--cosine", "exclude each other"]),
         ("--init_awt --nb_background_modes 3", ["--nb_background_modes 3", "exclude each other"]),
         ("--random_channels", ["--random_channels needs --init_awt"]),
