@@ -29,7 +29,7 @@ from utils import scheduler
 from utils.checkpointing import structure
 from utils.checkpointing.random_state import random_state, set_random_state
 from utils.errors import UserError
-from utils.optimizer import make_optimizer, parameter_groups
+from utils.optimizer import allocate_momenta, make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
 from utils.runtime import amp, distributed
@@ -39,9 +39,6 @@ from utils.runtime.signals import Stopped
 
 #: Version of the state. It is increased by a change after which a run could not be continued exactly; other versions are refused.
 STATE_VERSION = 4
-
-#: Remedy in messages about a loss that diverges or is not finite, unless the method has its own.
-REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 
 class Trainer:
@@ -176,7 +173,7 @@ class Trainer:
         """
         state = copy_to_cpu(self.state_dict())  # before the loader draws from a random generator
         buffers = [buffer.clone() for buffer in self.network.buffers()]  # some are in no state dict
-        self._allocate_momenta()
+        allocate_momenta(self.optimizer)  # the second backward pass has to fit beside them
         self.model.train()
         with contextlib.suppress(NonFiniteLoss):  # the training itself will say so
             self.train_iteration(*next(iter(batches)))
@@ -184,12 +181,6 @@ class Trainer:
         self.divergence, self.stop_agreed = DivergenceWatch(), 0
         self._restore(state)
         self._restore_buffers(buffers)
-
-    def _allocate_momenta(self) -> None:
-        """Give the optimiser the momenta that it has from its first step on: the second backward pass has to fit beside them."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        for parameter in parameters if self.opts.momentum else []:
-            self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
     @torch.no_grad()
     def _restore_buffers(self, buffers: list[Tensor]) -> None:
@@ -252,14 +243,9 @@ class Trainer:
         self.skipped += 1
         files = ", ".join(self.context.files_of_batch(self.iteration))
         where = self._place(values) + (f"; batch: {files}" if files else "")
-        if self.skipped <= self.opts.skip_nonfinite:
-            self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}")
-            return
-        if self.divergence.values:  # the cause is the term that grew first, not this batch
-            remedy = self.method.remedy(self.divergence.values) or REMEDY
-            raise NonFiniteLoss(f"non-finite loss after it diverged, at {where}; {remedy}")
-        remedy = self.method.remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
-        raise NonFiniteLoss(f"non-finite loss at {where}; {remedy}")
+        if self.skipped > self.opts.skip_nonfinite:
+            raise NonFiniteLoss(self.divergence.failure(values, where, self.method.remedy))
+        self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}")
 
     def _warn_of_divergence(self, values: dict[str, float], buffers: list[Tensor]) -> None:
         """Warn once per step, and keep the state before this iteration, which is saved if the loss becomes NaN or infinite."""
@@ -270,10 +256,7 @@ class Trainer:
         self.divergence.state = copy_to_cpu(state | {"model": state["model"] | before})
         if not self.divergence.warned:
             self.divergence.warned = True
-            self.log.info(
-                f"warning: the loss diverges, {self._place(values)}; it was {self.divergence.reference:.6g} in the first iteration; "
-                f"{self.method.remedy(values) or REMEDY}"
-            )
+            self.log.info(self.divergence.warning(values, self._place(values), self.method.remedy))
 
     def _report(self, values: dict[str, float], bar: tqdm) -> None:
         self.meters.update(values)
@@ -339,7 +322,9 @@ class Trainer:
             The scores of `StreamSegMetrics.get_results`, with the (C, C) "Confusion Matrix"; None if a stop was asked for.
         """
         metrics = StreamSegMetrics(self.task.num_total, self.device)
-        self._share_buffers()
+        distributed.broadcast_(
+            list(self.network.buffers())
+        )  # norms without synchronisation take the main process's statistics
         was_training = self.network.training
         self.network.eval()
         samples: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -388,10 +373,6 @@ class Trainer:
         predictions = [self.predict(image[None])[0].cpu() for image in images]
         self.network.train(was_training)
         return predictions
-
-    def _share_buffers(self) -> None:
-        """Give all processes the norm statistics of the main process, for norms that are not synchronised."""
-        distributed.broadcast_(list(self.network.buffers()))
 
     # ----------------------------------------------------------------- state
 

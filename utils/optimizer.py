@@ -67,3 +67,11 @@ def make_optimizer(opts: Namespace, groups: list[Group], extra: list[nn.Paramete
         nesterov=opts.momentum > 0,
         fused=fused,  # one pass over weights, gradients and momenta instead of five
     )
+
+
+def allocate_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimiser of `make_optimizer` the momenta that its first step would allocate."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            if parameter.requires_grad:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

@@ -12,6 +12,7 @@ from scripts.benchmark.workbench import Workbench
 from tests.support import thin
 from utils.checkpointing.checkpoint_files import digest
 from utils.checkpointing.random_state import seed_everything
+from utils.optimizer import allocate_momenta
 from utils.runtime.errors import NonFiniteLoss
 
 SMALL = "--backbone resnet18 --crop_size 64 --old_classes 4 --new_classes 2 --device cpu"
@@ -67,8 +68,9 @@ def test_a_trial_batch_is_a_whole_iteration_beside_the_momenta(monkeypatch):
 
 def test_a_trial_batch_without_momentum_allocates_none():
     bench = bench_of("--method FT")
-    bench.trainer.opts.momentum = 0
-    bench.trainer._allocate_momenta()
+    for group in bench.trainer.optimizer.param_groups:
+        group["momentum"] = 0
+    allocate_momenta(bench.trainer.optimizer)
     assert not bench.trainer.optimizer.state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ import torch
 FACTOR = 100.0
 #: Bounds of that first total: a lower one counts as the first, a higher one as the second.
 LEAST_REFERENCE, GREATEST_REFERENCE = 1.0, 1000.0
+
+#: Remedy in messages about a loss that diverges or is not finite, unless the method has its own.
+REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 
 class DivergenceWatch:
@@ -49,6 +53,24 @@ class DivergenceWatch:
         elif not diverged:
             self.values = dict(values)
         return bool(self.values) and not diverged
+
+    def warning(self, values: dict[str, float], where: str, remedy: Callable[[dict[str, float]], str]) -> str:
+        """Message for an iteration in which the loss begins to diverge.
+
+        Args:
+            values: losses by name, the total as "loss".
+            where: the iteration and its losses.
+            remedy: the method's advice for losses, "" if it has none.
+        """
+        advice = remedy(values) or REMEDY
+        return f"warning: the loss diverges, {where}; it was {self.reference:.6g} in the first iteration; {advice}"
+
+    def failure(self, values: dict[str, float], where: str, remedy: Callable[[dict[str, float]], str]) -> str:
+        """Message for an iteration whose loss is NaN or infinite; the arguments are those of `warning`."""
+        if self.values:  # the cause is the term that grew first, not this batch
+            return f"non-finite loss after it diverged, at {where}; {remedy(self.values) or REMEDY}"
+        advice = remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
+        return f"non-finite loss at {where}; {advice}"
 
 
 def copy_to_cpu(state: Any) -> Any:
