@@ -35,6 +35,8 @@ from utils.errors import UserError
 #: The classes of every mask of the published set; the check compares with it.
 REFERENCE = Path(__file__).resolve().parents[1] / "tests" / "facts" / "voc_classes.json.gz"
 _MATRIX, _COMPRESSED, _STRUCT = 14, 15, 2
+#: Bytes of an unpacked file of SBD; its masks have at most 500 x 500 pixels.
+_LARGEST_MATRIX = 1 << 24
 
 
 def _elements(data: bytes) -> list[tuple[int, bytes]]:
@@ -70,7 +72,7 @@ def read_sbd_mask(path: Path) -> np.ndarray:
     try:
         kind, content = _elements(path.read_bytes()[128:])[0]  # the text header has 128 bytes
         if kind == _COMPRESSED:
-            kind, content = _elements(zlib.decompress(content))[0]
+            kind, content = _elements(zlib.decompressobj().decompress(content, _LARGEST_MATRIX))[0]
         if kind != _MATRIX:
             raise ValueError("not a matrix")
         _, dimensions, _, values = (content for _, content in _elements(_field(content, "Segmentation")))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from tests.support.paths import ROOT
 from tests.support.tiny_folder import save_image, save_mask
+from utils.errors import UserError
 
 SCRIPTS = ROOT / "scripts"
 
@@ -60,6 +62,17 @@ def test_sbd_mask(prepare_voc, tmp_path, compress):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"a.mat is not a class mask"):
             prepare_voc.read_sbd_mask(path)
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused(prepare_voc, tmp_path):
+    path = tmp_path / "a.mat"
+    path.write_bytes(sbd_file(np.zeros((1 << 14, 1 << 13), dtype=np.uint8)))
+    assert path.stat().st_size < 1 << 18
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a.mat is not a class mask"):
+        prepare_voc.read_sbd_mask(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 * prepare_voc._LARGEST_MATRIX
+    tracemalloc.stop()
 
 
 def test_build(prepare_voc, tmp_path, capsys):

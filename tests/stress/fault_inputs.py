@@ -334,7 +334,24 @@ def _spoil_bytes(text: str, rng: random.Random) -> bytes:
         lambda: raw.replace(b'"steps"', b'"steps": [[0, 1], [2]], "steps"'),
         lambda: raw.replace(b"[", b"(", 1),
         lambda: bytes(rng.randrange(256) for _ in range(300)),
+        lambda: rng.choice(BOMBS)(),
     ])()  # fmt: skip
+
+
+#: Files of at most 1 MiB that stand for much: steps, classes, keys, digits, text, levels.
+BOMBS: tuple[Callable[[], bytes], ...] = (
+    lambda: b"[[0, 1]" + b", [2]" * 200_000 + b"]",
+    lambda: b"[[0, 1" + b", 2" * 300_000 + b"]]",
+    lambda: b"[[0, 1], [" + b"[], " * 200_000 + b"2]]",
+    lambda: json.dumps({str(k): [k] for k in range(45_000)}).encode(),
+    lambda: json.dumps({f"x{k}": 0 for k in range(45_000)}).encode(),
+    lambda: b'{"name": "' + b"x" * 1_000_000 + b'", "steps": [[0, 1], [2]]}',
+    lambda: b'{"name": "' + b"\\u0000" * 100_000 + b'", "steps": [[0, 1], [2]]}',
+    lambda: b"[[0, 1], [" + b"2" * 4000 + b"]]",
+    lambda: b"[[0, 1], [1e999999]]",
+    lambda: b'{"steps": ' * 900 + b"[[0, 1], [2]]" + b"}" * 900,
+    lambda: b"[[0, 1], [2]]" + b"\n" * 500_000 + b"x",
+)
 
 
 def task_file(path: Path, rng: random.Random) -> tuple[list[dict] | None, str]:
