@@ -394,8 +394,10 @@ class StepRun:
         self.store.require_space(checkpoint_files.size([network.state_dict(), *network.parameters(), *kept]))
         results.check(self.opts, self.task, self.origin)
         self._open_log(0 if fresh else trainer.total_iterations)
-        if fresh:
-            self.store.begin()
+        if fresh and (replaced := self.store.begin()):
+            self.log.info(
+                f"step {self.task.step} of {self.task.name} is trained again: its last checkpoint is kept as {replaced}"
+            )
 
     def _open_log(self, first_iteration: int | None = None) -> None:
         opts, task = self.opts, self.task

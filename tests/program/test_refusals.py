@@ -162,8 +162,10 @@ def test_the_room_for_later_steps_is_asked_for_first(copy, monkeypatch):
     assert thin.launch(copy, "--task 6-2 --step 0 1 2 --method FT --name o") == 0
     ratios = [needed / asked[-1] for needed in asked]  # the last step needs its three states only
     assert ratios == pytest.approx([5 / 3, 4 / 3, 1], rel=0.05)
-    assert thin.launch(copy, "--task 6-2 --step 0 1 2 --method FT --name o") == 0  # over the files of the first time
-    assert [needed / asked[2] for needed in asked[3:]] == pytest.approx([1, 1, 1], rel=0.1)
+    for repeated, expected in enumerate(([5 / 3, 4 / 3, 1], [2 / 3] * 3), 1):  # what is replaced is kept once
+        assert thin.launch(copy, "--task 6-2 --step 0 1 2 --method FT --name o") == 0
+        ratios = [needed / asked[2] for needed in asked[3 * repeated : 3 * repeated + 3]]
+        assert ratios == pytest.approx(expected, rel=0.2)
 
 
 def test_a_disk_that_fills_up_ends_in_a_sentence(copy, capsys, monkeypatch):

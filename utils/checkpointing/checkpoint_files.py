@@ -163,6 +163,30 @@ def discard(path: str | os.PathLike) -> None:
         file.unlink(missing_ok=True)
 
 
+def keep(path: Path, kept: Path) -> Path | None:
+    """Give a checkpoint a second name, under which it stays when it is replaced; what had that name before is gone.
+
+    Returns:
+        The second name; None if there is no checkpoint.
+
+    Raises:
+        OSError: the file system has no room for a copy, where it has no hard links.
+    """
+    if not path.is_file():
+        return None
+    aside = _aside(kept)
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copy2(path, aside)
+        os.replace(aside, kept)
+    finally:
+        aside.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+    return kept
+
+
 def _aside(path: Path) -> Path:
     """The name under which a checkpoint is written before it is renamed."""
     return path.with_name(f".{path.name}.writing")

@@ -62,6 +62,10 @@ class Store:
         """The state before that one, which is used if the last state is damaged."""
         return self.finished(step).with_suffix(".resume.before.pth")
 
+    def replaced(self, step: int) -> Path:
+        """Checkpoint of the training before, where a finished step was trained again."""
+        return self.finished(step).with_suffix(".replaced.pth")
+
     def interrupted(self) -> bool:
         """Whether a run of this step was begun and did not finish."""
         step = self.task.step
@@ -108,18 +112,15 @@ class Store:
         for folder in (self.folder, *map(Path, folders)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(
-                    dir=folder
-                ):  # has no name, so that nothing is left if the process is killed
+                with tempfile.TemporaryFile(dir=folder):  # without a name: nothing is left of it after a kill
                     pass
             except OSError as error:
                 raise UserError(
                     f"{folder} cannot be written ({error.strerror}); name another with --checkpoint, --results or --logdir"
                 ) from error
         step = self.task.step
-        checkpoint_files.require_places(
-            self._lock_path(), self.finished(step), self.unfinished(step), self.before_unfinished(step)
-        )
+        places = (self.finished, self.replaced, self.unfinished, self.before_unfinished)
+        checkpoint_files.require_places(self._lock_path(), *(place(step) for place in places))
 
     def require_space(self, size: int) -> None:
         """Refuse to start if the disk has too little space for the states of this step and the checkpoints of it and later steps.
@@ -132,8 +133,9 @@ class Store:
         """
         step, steps = self.task.step, self.opts.step
         later = steps[steps.index(step) + 1 :] if step in steps else []
-        replaced = [self.unfinished(step), self.before_unfinished(step), *map(self.finished, later)]
-        room = sum(min(path.stat().st_size, size) for path in replaced if path.is_file())
+        again = [self.replaced(number) for number in (step, *later) if self.finished(number).is_file()]
+        freed = [self.unfinished(step), self.before_unfinished(step), *again]
+        room = sum(min(path.stat().st_size, size) for path in freed if path.is_file())
         checkpoint_files.require_space(self.folder, (STATES + len(later)) * size - room)
 
     def load_previous(self) -> dict[str, Any]:
@@ -252,10 +254,14 @@ class Store:
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         checkpoint_files.discard(self.unfinished(self.task.step))
 
-    def begin(self) -> None:
-        """Mark that the step is started anew, so that `--resume` does not continue the state of an older run."""
+    def begin(self) -> Path | None:
+        """Mark that the step is started anew, so that `--resume` does not continue the state of an older run.
+
+        Returns the file in which the checkpoint that this training will replace is kept, if there is one.
+        """
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         self._write_unfinished(None)
+        return checkpoint_files.keep(self.finished(self.task.step), self.replaced(self.task.step))
 
     def save_unfinished(self, trainer_state: dict[str, Any]) -> None:
         """Write the state of an unfinished step. The state before it is kept, unless it is damaged."""
@@ -371,17 +377,8 @@ def _same(dest: str, theirs: Any, mine: Any) -> bool:
 MAY_CHANGE_ON_RESUME = frozenset(
     # places of files, amount of output
     ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
-    + (
-        "debug",
-        "no_progress",
-        "print_interval",
-        "sample_num",
-        "pictures",
-        "visualize",
-        "dry_run",
-        "check_data",
-        "list_methods",
-    )
+    + ("debug", "no_progress", "print_interval", "sample_num", "pictures", "visualize")
+    + ("dry_run", "check_data", "list_methods")
     # start and saving of the run
     + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
