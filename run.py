@@ -49,8 +49,9 @@ from utils.reporting import results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
 from utils.reporting.scores import log_scores
-from utils.runtime import distributed, errors, memory, workers
-from utils.runtime.errors import NonFiniteLoss
+from utils.runtime import console, distributed, errors, memory, workers
+from utils.runtime.divergence import REMEDY
+from utils.runtime.errors import NonFiniteLoss, NonFiniteNetwork
 from utils.runtime.signals import Stopped, StopRequest
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -65,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for a user's error, 3 for a non-finite loss, 4 where another process is gone, 130 or 143 after a stop request.
     """
+    with console.tolerant():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     opts = parse(argv)
     try:
         argparser.check(opts)
@@ -355,7 +361,7 @@ class StepRun:
     ) -> None:
         task = self.task
         if unfinished is not None:
-            distributed.run_on_all(lambda: self._continue(trainer, unfinished))
+            distributed.run_on_all(lambda: self._continue(trainer, data, unfinished))
         distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=unfinished is None))
         if unfinished is None:
             trainer.method.begin_step(Interruptible(data.batches, self.stop), trainer.teacher, self.device)
@@ -364,23 +370,43 @@ class StepRun:
             if self.opts.trial_batch:
                 with memory.trial(self.opts.batch_size, self.opts.crop_size):
                     trainer.trial(data.batches)
-            trainer.fit(data.batches, data.val_loader, lambda: self._save_unfinished(trainer))
-        except NonFiniteLoss:
-            state = trainer.divergence.state or trainer.state_dict()
-            aside = self.store.finished(task.step).with_suffix(".nonfinite.pth")
-            distributed.on_main(lambda: checkpoint_files.save(aside, {"state": state}))
-            when = "in which it began to diverge" if trainer.divergence.state else "in which it was not finite"
-            self.log.info(f"the state before the iteration {when} is in {aside}")
+            trainer.fit(data.batches, data.val_loader, lambda: self._save_unfinished(trainer, data))
+            trainer.require_finite(f"the end of the training of step {task.step}")
+            if 0 < self.opts.epochs * trainer.iterations_per_epoch <= trainer.skipped:
+                raise NonFiniteLoss(
+                    f"step {task.step} learned nothing: the loss of every batch was not finite; {REMEDY}"
+                )
+            trainer.method.end_step(trainer.network, data.batches, self.device)
+            trainer.require_finite(f"the end of step {task.step}")
+        except NonFiniteLoss as error:
+            self._set_aside(trainer, error)
             raise
-        trainer.method.end_step(trainer.network, data.batches, self.device)
         state = trainer.state_dict()
         state["model"] = trainer.method.export(state["model"])
         weights, inherited = trainer.balancer.loss_weights, previous.get("loss_weights", {})
         distributed.on_main(lambda: self.store.save_finished(state, weights, inherited))
 
-    def _continue(self, trainer: Trainer, unfinished: dict[str, Any]) -> None:
+    def _set_aside(self, trainer: Trainer, error: NonFiniteLoss) -> None:
+        """Keep the last state of which the numbers are finite, for study."""
+        path = self.store.finished(self.task.step).with_suffix(".nonfinite.pth")
+        if trainer.divergence.state is None and isinstance(error, NonFiniteNetwork):
+            return  # the state before is not there any more
+        state = trainer.divergence.state or trainer.state_dict()
+        distributed.on_main(lambda: checkpoint_files.save(path, {"state": state}))
+        when = "in which it began to diverge" if trainer.divergence.state else "in which it was not finite"
+        self.log.info(f"the state before the iteration {when} is in {path}")
+
+    def _continue(self, trainer: Trainer, data: StepData, unfinished: dict[str, Any]) -> None:
         self._continue_date(unfinished)
-        trainer.load_state_dict(unfinished["state"])
+        state = unfinished["state"]
+        trainer.load_state_dict(state)
+        data.require_same(state.get("data"))
+        threads = torch.get_num_threads()
+        if state.get("threads") != threads:
+            self.log.info(
+                f"note: the interrupted run computed with {state.get('threads')} threads, this one has {threads}, which rounds otherwise: "
+                f"the weights will differ in their last digits; --threads {state.get('threads')} continues exactly"
+            )
         epochs = self.opts.epochs
         place = f"epoch {trainer.epoch + 1}/{epochs}, iteration {trainer.iteration + 1}/{trainer.iterations_per_epoch}"
         if trainer.epoch == epochs:  # it was stopped in the validation after the last epoch
@@ -404,8 +430,11 @@ class StepRun:
         folder = Path(opts.logdir) / f"{task.name}-{task.dataset}" / opts.name / f"step-{task.step}"
         self.log.open(folder, first_iteration)
 
-    def _save_unfinished(self, trainer: Trainer) -> None:
-        state = trainer.state_dict()
+    def _save_unfinished(self, trainer: Trainer, data: StepData) -> None:
+        place = f"step {self.task.step}, epoch {trainer.epoch + 1}, before iteration {trainer.iteration + 1}"
+        trainer.require_finite(place)
+        state = trainer.state_dict() | {"data": data.identity, "threads": torch.get_num_threads()}
+        self.log.flush()  # a resume writes the curves from this state on
         distributed.on_main(lambda: self.store.save_unfinished(state))
 
     # -------------------------------------------------------------------- test

@@ -32,13 +32,13 @@ from utils.errors import UserError
 from utils.optimizer import allocate_momenta, make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
-from utils.runtime import amp, distributed
+from utils.runtime import amp, distributed, divergence
 from utils.runtime.divergence import DivergenceWatch, copy_to_cpu
-from utils.runtime.errors import NonFiniteLoss
+from utils.runtime.errors import NonFiniteLoss, NonFiniteNetwork
 from utils.runtime.signals import Stopped
 
 #: Version of the state. It is increased by a change after which a run could not be continued exactly; other versions are refused.
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class Trainer:
@@ -240,12 +240,29 @@ class Trainer:
         return f"step {self.task.step}, epoch {self.epoch + 1}, iteration {self.iteration + 1}: {named}"
 
     def _tolerate(self, values: dict[str, float]) -> None:
-        self.skipped += 1
+        self.require_finite(self._place(values))
         files = ", ".join(self.context.files_of_batch(self.iteration))
         where = self._place(values) + (f"; batch: {files}" if files else "")
-        if self.skipped > self.opts.skip_nonfinite:
+        if self.skipped >= self.opts.skip_nonfinite:
             raise NonFiniteLoss(self.divergence.failure(values, where, self.method.remedy))
+        self.skipped += 1
         self.log.info(f"skipped a non-finite loss ({self.skipped} of {self.opts.skip_nonfinite}) at {where}")
+
+    def require_finite(self, place: str) -> None:
+        """Refuse to go on with, or to store, a network that is not finite. Call it on all processes.
+
+        Args:
+            place: where in the training this is.
+
+        Raises:
+            NonFiniteLoss: a weight or a statistic of the network is NaN or infinite.
+        """
+        try:
+            divergence.require_finite(self.network, place)
+        except NonFiniteNetwork as error:
+            if self.divergence.values:
+                raise NonFiniteLoss(self.divergence.failure({}, place, self.method.remedy)) from error
+            raise
 
     def _warn_of_divergence(self, values: dict[str, float], buffers: list[Tensor]) -> None:
         """Warn once per step, and keep the state before this iteration, which is saved if the loss becomes NaN or infinite."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +65,7 @@ class StepData:
     """
 
     def __init__(self, opts: Namespace, task: Task, device: torch.device, replay: Replay | None = None):
+        self.opts = opts
         splits, world, rank = dataset.build(opts, task), distributed.world_size(), distributed.rank()
         train: SegmentationSet | JoinedSet = splits.train
         if replay is not None:
@@ -78,6 +83,32 @@ class StepData:
             Loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
             for split in (splits.val, splits.test)
         )
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find again: the training images in their order, as a digest, their number and the batches of an epoch."""
+        data, root = self.batches.data, str(Path(self.opts.data_root))
+        digest = hashlib.blake2b(digest_size=16)
+        for position in range(len(data)):
+            names = "\n".join(name.removeprefix(root) for name in data.files(position))
+            digest.update(f"{names}\n\n".encode(errors="surrogateescape"))
+        return {"images": digest.hexdigest(), "count": len(data), "batches": self.batches.sampler.batches}
+
+    def require_same(self, identity: Any) -> None:
+        """Refuse to continue a training of other images.
+
+        Args:
+            identity: of the data of the interrupted run, as its state has it.
+
+        Raises:
+            UserError: says how many images there were.
+        """
+        if identity != self.identity:
+            count = identity.get("count") if isinstance(identity, dict) else "?"
+            raise UserError(
+                f"--resume: the interrupted run had another list of training images ({count}, now {self.identity['count']}); restore the "
+                "list, or start the step anew without --resume"
+            )
 
     def files_of_batch(self, number: int) -> list[str]:
         """Files of a batch of the current epoch, of all processes."""

@@ -7,9 +7,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def read_events(folder):
-    """Every event of the files under a folder, checked by their checksums, files in order of their writing."""
+    """Every event of the files under a folder, checked by their checksums, files in order of their names."""
     events = []
-    for path in sorted(folder.rglob("events*"), key=lambda p: int(p.name.rsplit(".", 1)[1])):
+    for path in sorted(folder.rglob("events*")):
         raw = path.read_bytes()
         while raw:
             (size,) = struct.unpack("<Q", raw[:8])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,16 @@ def events(path: Path) -> Iterator[Any]:
             except DecodeError:
                 return
             file.read(4)
+
+
+def next_number(folder: Path) -> int:
+    """Number for the name of a new file, which sorts it behind all files of a folder: the time, or one more than the last file's.
+
+    Args:
+        folder: of the files of one step.
+    """
+    names = (re.match(r"events\.out\.tfevents\.(\d{1,10})\b", path.name) for path in folder.iterdir())
+    return max([int(time.time()), *(int(name[1]) + 1 for name in names if name)])
 
 
 def scalars_at(folder: Path, iteration: int) -> dict[str, float]:

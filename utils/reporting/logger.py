@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.reporting.events import scalars_at
+from utils.reporting.events import next_number, scalars_at
 from utils.runtime import distributed
 
 #: Seconds between two flushes of the log to the disk.
@@ -61,8 +60,8 @@ class Logger:
                 kept = {
                     n: v for n, v in scalars_at(folder, first_iteration).items() if not n.startswith(("val/", "test/"))
                 }
-            # The names of the library are unique only for files of different seconds
-            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+            # Readers sort the files by name, and the library's names follow the clock, which may have been set back.
+            self.writer = EventsWriter(str(folder / f"events.out.tfevents.{next_number(folder):010}"))
         except OSError as error:
             raise UserError(f"--logdir: {folder} cannot be written ({error.strerror}); name another folder") from error
         self.flushed_at = time.monotonic()
@@ -134,6 +133,13 @@ class Logger:
             from tensorboardX import summary
 
             self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
+
+    def flush(self) -> None:
+        """Write out what was logged: a process that is killed then leaves it all."""
+        if self.writer is not None:
+            with self._tolerating_faults():
+                self.writer.flush()
+            self.flushed_at = time.monotonic()
 
     def close(self) -> None:
         """Write pending events and close the file."""

@@ -1,11 +1,19 @@
-"""Detection of a diverging loss, and the state of the training before it."""
+"""Detection of a diverging loss and of a network that is not finite, and the state of the training before a loss diverged."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from utils.runtime import distributed
+from utils.runtime.errors import NonFiniteNetwork
+
+#: Remedy in messages about a loss that diverges or is not finite, unless the method has its own.
+REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 #: A loss diverges if the total exceeds this many times that of the step's first iteration.
 FACTOR = 100.0
@@ -71,6 +79,25 @@ class DivergenceWatch:
             return f"non-finite loss after it diverged, at {where}; {remedy(self.values) or REMEDY}"
         advice = remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
         return f"non-finite loss at {where}; {advice}"
+
+
+def require_finite(network: nn.Module, place: str) -> None:
+    """Refuse a network with weights or statistics that are NaN or infinite, on whichever process. Call it on all processes.
+
+    Args:
+        network: all its parameters and buffers are read.
+        place: where in the training this is, for the message.
+
+    Raises:
+        NonFiniteNetwork: names the first such tensor and what helps.
+    """
+    named = [*itertools.chain(network.named_parameters(), network.named_buffers())]
+    named = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()  # one transfer from the device
+    wrong = next((name for (name, _), good in zip(named, finite) if not good), "")
+    found = [name for name in distributed.gather_objects(wrong) if name]
+    if found:
+        raise NonFiniteNetwork(f"the network is not finite ({found[0]}) at {place}; start the step anew and {REMEDY}")
 
 
 def copy_to_cpu(state: Any) -> Any:

@@ -18,6 +18,10 @@ class NonFiniteLoss(ArithmeticError):
     """A loss term is NaN or infinite, more often than `--skip_nonfinite` allows."""
 
 
+class NonFiniteNetwork(NonFiniteLoss):
+    """A weight or a statistic of the network is NaN or infinite: no batch can be learned from any more."""
+
+
 def report(error: Exception, debug: bool) -> int | None:
     """Print on stderr, once over all processes, why the program ends.
 

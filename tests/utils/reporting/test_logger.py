@@ -2,6 +2,7 @@
 
 import errno
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -107,3 +108,26 @@ def test_lines_go_to_stdout_and_bars_are_drawn_on_request(capsys):
     bar.set_postfix({"ce": "0.5"})
     assert list(bar) == [1, 2]
     assert "title" in capsys.readouterr().err
+
+
+def test_files_are_in_order_also_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    """A reader takes them by their names; the point of the later start then stands, and nothing is lost."""
+    (tmp_path / "events.out.tfevents.1000000000.host.7.8").write_bytes(b"")  # a name of an earlier version
+    for now, first, value in ((2e9, 0, 1.0), (1e9, 2, 2.0), (1.5e9, 4, 3.0)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        log = Logger(progress=False)
+        log.open(tmp_path, first)
+        for iteration in range(first + 1, 6):
+            log.scalars({"x": value}, iteration)
+        log.close()
+    assert curves(tmp_path)["x"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 3.0)]
+
+
+def test_what_is_flushed_is_on_the_disk(tmp_path):
+    log = Logger(progress=False)
+    log.flush()
+    log.open(tmp_path, 0)
+    log.scalars({"x": 1.0}, 1)
+    log.flush()
+    assert curves(tmp_path)["x"] == [(1, 1.0)]
+    log.close()
