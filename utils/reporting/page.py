@@ -36,7 +36,7 @@ h3 { font-size: 1.05rem; margin: 1.5rem 0 0.5rem; } p { max-width: 46rem; color:
 th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
 tbody tr:hover { background: var(--card); }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.figures { margin-top: 0.8rem; display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 figure { margin: 0; overflow-x: auto; max-width: 100%; } figure svg { display: block; height: auto; max-width: 100%; }
 figure.wide svg { max-width: none; }
 .pictures td, .pictures th { border: 0; padding: 0.15rem; text-align: center; font-size: 0.8rem; }
