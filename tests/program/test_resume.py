@@ -16,7 +16,7 @@ from tests.stress.fault_saving import make_older
 from tests.support import thin
 from tests.support.events import curves, read_events
 from tests.support.paths import ROOT
-from utils.checkpointing import checkpoint_files, store
+from utils.checkpointing import checkpoint_files, header
 from utils.checkpointing.store import Store
 from utils.reporting import results
 
@@ -443,4 +443,4 @@ def test_curves_are_those_of_an_uninterrupted_run(place, whole, copy_of, tmp_pat
     assert [step for step, _ in mine["val/mIoU_training_labels"]] == [6, 12, 18]
     starts = [event.step for event in read_events(folder / "logs") if event.HasField("session_log")]
     assert starts == [0, 10 if place == "asked to stop" else 6]
-    assert "print_interval" in store.MAY_CHANGE_ON_RESUME
+    assert "print_interval" in header.MAY_CHANGE_ON_RESUME

@@ -11,6 +11,19 @@ from utils.checkpointing.structure import PART_OF_FILE_NAME, check_history
 from utils.errors import UserError
 from utils.types import TaskLike
 
+#: Options that do not change the numbers of a run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    # places of files, amount of output
+    ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
+    + ("debug", "no_progress", "print_interval", "sample_num", "pictures", "visualize")
+    + ("dry_run", "check_data", "list_methods")
+    # start and saving of the run
+    + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
+    + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
+    # only its value for this step matters, which is stored under another name
+    + ("lr",)
+)
+
 #: Keys of `describe`.
 DESCRIPTION = {"dataset", "name", "step", "steps"}
 

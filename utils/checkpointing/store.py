@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.header import check_header, describe, plain_options
+from utils.checkpointing.header import MAY_CHANGE_ON_RESUME, check_header, describe, plain_options
+from utils.checkpointing.loss_weights import named_loss_weights, stacked, with_loss_weights
 from utils.checkpointing.structure import scales_in_place
 from utils.errors import UserError
 from utils.types import TaskLike
@@ -26,9 +26,6 @@ NETWORK_OPTIONS = (
 
 #: Number of states of an unfinished step on the disk: the last, the one before it, and the one that is being written.
 STATES = 3
-
-#: Terms of `head.lossweights` in official checkpoints, in its order.
-OFFICIAL_TERMS = ("ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "md/stage4", "md/pre_logits", "md/logits")
 
 
 class Store:
@@ -236,7 +233,7 @@ class Store:
         parts = dict(trainer_state["method"])
         content = {
             "epoch": trainer_state["position"][0] - 1,  # index of the last epoch, as in the official programs
-            "model_state": _with_loss_weights(checkpoint_files.with_prefix(trainer_state["model"]), loss_weights),
+            "model_state": with_loss_weights(checkpoint_files.with_prefix(trainer_state["model"]), loss_weights),
             "optimizer_state": trainer_state["optimizer"],
             "scheduler_state": trainer_state["scheduler"],
             "best_score": trainer_state["best_score"],
@@ -249,7 +246,7 @@ class Store:
             **self._origin(),
         }
         if named := loss_weights or inherited:
-            content["loss_weights"] = {"names": list(named), "values": _stacked(named)}
+            content["loss_weights"] = {"names": list(named), "values": stacked(named)}
         checkpoint_files.save(self.finished(self.task.step), content)
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         checkpoint_files.discard(self.unfinished(self.task.step))
@@ -347,44 +344,11 @@ class Store:
             )
 
 
-def _stacked(weights: Mapping[str, Tensor]) -> Tensor:
-    """(n,) λ as a checkpoint stores it."""
-    return torch.stack([weight.detach().cpu().float() for weight in weights.values()])
-
-
-def _with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the network with λ, if there is one, at its official position: before the other weights of the head."""
-    if not loss_weights:
-        return model_state
-    name, ordered = checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS, {}
-    module = name.rpartition(".")[0]
-    for key, value in model_state.items():
-        if key.startswith(f"{module}.") and name not in ordered:
-            ordered[name] = _stacked(loss_weights)
-        ordered[key] = value
-    assert name in ordered, f"the network has no {module}"
-    return ordered
-
-
 def _same(dest: str, theirs: Any, mine: Any) -> bool:
     """Whether two values of an option give the same network; norms are equal if their scales are."""
     if dest == "norm_act":
         return scales_in_place(str(theirs)) == scales_in_place(mine)
     return theirs == mine
-
-
-#: Options that do not change the numbers of a run.
-MAY_CHANGE_ON_RESUME = frozenset(
-    # places of files, amount of output
-    ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
-    + ("debug", "no_progress", "print_interval", "sample_num", "pictures", "visualize")
-    + ("dry_run", "check_data", "list_methods")
-    # start and saving of the run
-    + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
-    + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
-    # only its value for this step matters, which is stored under another name
-    + ("lr",)
-)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -409,33 +373,9 @@ def read(path: Path) -> dict[str, Any]:
         )
     check_header(path, state)
     model_state = checkpoint_files.without_prefix(state["model_state"])
-    state["loss_weights"] = _named_loss_weights(
+    state["loss_weights"] = named_loss_weights(
         path, model_state.pop(checkpoint_files.LOSS_WEIGHTS, None), state.get("loss_weights")
     )
     state["model_state"] = model_state
     state["file"] = str(path)
     return state
-
-
-def _named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor]:
-    """λ by term: of this program's key, or of `head.lossweights`, whose nine official values have the official order.
-
-    Raises:
-        UserError: neither a tensor of finite numbers nor names for its values.
-    """
-    names: Any = OFFICIAL_TERMS
-    values = official
-    if isinstance(own, dict):
-        names, values = own.get("names"), own.get("values")
-    elif own is not None:
-        values = own
-    if values is None:
-        return {}
-    finite = isinstance(values, Tensor) and values.dim() == 1 and bool(values.isfinite().all())
-    named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    if not finite or not named or len(names) != len(values):
-        raise UserError(
-            f"{path} has a λ (head.lossweights or loss_weights) that is not a tensor of finite numbers, one for each of "
-            f"its terms ({len(OFFICIAL_TERMS)} in official files); train that step again, or name another file with --step_ckpt"
-        )
-    return dict(zip(names, values))

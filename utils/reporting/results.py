@@ -22,8 +22,7 @@ from filelock import FileLock
 
 from metrics.summary import missing_steps, summarise
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.header import plain_options
-from utils.checkpointing.store import MAY_CHANGE_ON_RESUME
+from utils.checkpointing.header import MAY_CHANGE_ON_RESUME, plain_options
 from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
 from utils.reporting import pictures

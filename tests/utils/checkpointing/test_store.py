@@ -232,7 +232,7 @@ def test_a_finished_step_of_other_options_is_not_taken_for_this_one(tmp_path):
 
 def test_every_option_that_may_change_exists():
     known = set(header.plain_options(thin.options())) | {"lr_of_step"}
-    assert known >= store.MAY_CHANGE_ON_RESUME
+    assert known >= header.MAY_CHANGE_ON_RESUME
 
 
 def test_plain_options_load_without_code(tmp_path):
