@@ -129,6 +129,9 @@ def is_main() -> bool:
 def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> DistributedDataParallel:
     """The model with gradients averaged over the processes.
 
+    The gradients are views of the buffers in which they travel, not copies: the memory of one set of gradients is saved. Every
+    trained parameter takes part in every forward pass, so DDP does not search for unused ones.
+
     Args:
         model: on its device.
         device: of this process.
@@ -140,7 +143,7 @@ def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> Distribut
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
     chosen: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, option: follow_main}
-    return DistributedDataParallel(model, **chosen)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **chosen)
 
 
 def first_here() -> bool:

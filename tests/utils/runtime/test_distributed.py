@@ -96,6 +96,9 @@ def record(patch, notes):
         notes["thresholds"] = [values.tolist() for values in thresholds]
         weights = trainer.balancer.loss_weights
         notes["lambda"] = [float(weight) for weight in weights.values()] or None
+        gradients = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
+        notes["gradients"] = len(gradients)
+        notes["gradient_buffers"] = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
         notes["digest"] = checkpoint_files.digest(trainer.network.state_dict())
         test(self, trainer, *more)
 
@@ -173,7 +176,7 @@ def alone(ended, tmp_path_factory):
         notes[name] = {"iterations": []}
         if name == "second":
             (folder / "base").rename(folder / "first")
-            shutil.copytree(ended[1] / "base", folder / "base")
+            shutil.copytree(ended[1] / "base" / "checkpoints", folder / "base" / "checkpoints")
         with thin.program(), pytest.MonkeyPatch.context() as patch:
             record(patch, notes[name])
             assert thin.launch(folder / "base", text + " --batch_size 4") == 0
@@ -211,6 +214,12 @@ def test_lambda_and_thresholds_are_equal_everywhere(ended, alone):
 def test_weights_and_statistics_are_equal_everywhere(ended):
     for name in ("base", "base second", "stopped resumed", "skipped"):
         assert ended[0][name][0]["digest"] == ended[0][name][1]["digest"], name
+
+
+def test_gradients_are_views_of_the_buffers_that_are_sent(ended, alone):
+    for notes in ended[0]["base"]:
+        assert 0 < notes["gradient_buffers"] < notes["gradients"]
+    assert alone[0]["base"]["gradient_buffers"] == alone[0]["base"]["gradients"] > 1
 
 
 def test_scores_are_alike_and_every_image_counts_once(ended, alone):
