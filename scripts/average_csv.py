@@ -25,6 +25,10 @@ from utils.errors import UserError  # noqa: E402
 ABSENT = "x"
 
 
+#: As in run.py; the steps up to the last one are counted.
+MOST_STEPS = 10_000
+
+
 class Row(NamedTuple):
     """One step: its number, the IoU of each class (None where it is absent) and their mean."""
 
@@ -55,6 +59,8 @@ def read(path: Path) -> list[Row]:
             step, *class_iou, mean_iou = fields
             values = tuple(None if value.lower() == ABSENT else float(value) for value in class_iou)
             rows.append(Row(int(step), values, float(mean_iou)))
+            if not 0 <= rows[-1].step < MOST_STEPS:
+                raise ValueError
         except ValueError:
             raise UserError(f"{path}, line {number}: {line[:80]!r} is not step,iou,...,mean_iou") from None
         if not values or len(values) != len(rows[0].class_iou):

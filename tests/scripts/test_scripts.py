@@ -250,7 +250,10 @@ def test_average_csv_takes_the_number_of_base_classes_from_the_json(tmp_path):
     assert average_csv.last_summary(path)[1].old == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("text", ["", "step,a,b\n", "0,0.5\n", "0,0.5,0.5\n1,0.5,0.5,0.5\n", "0,y,0.5\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "step,a,b\n", "0,0.5\n", "0,0.5,0.5\n1,0.5,0.5,0.5\n", "0,y,0.5\n", "-1,0.5,0.5\n", "999999999,0.5,0.5\n"],
+)
 def test_average_csv_refuses_what_is_no_result(text, tmp_path, capsys):
     (tmp_path / "run.csv").write_text(text)
     assert average_csv.main([str(tmp_path / "run.csv")]) == 2

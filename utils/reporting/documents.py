@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _misfits(document: Any) -> Iterator[str]:
         yield "steps"
         return
     for step, entry in steps.items():
-        if not (step.isascii() and step.isdecimal() and str(int(step[:9])) == step) or not isinstance(entry, dict):
+        if not re.fullmatch(r"0|[1-9][0-9]{0,3}", step) or not isinstance(entry, dict):
             yield f"steps: {step[:20]!r}"
             return
         yield from _misfits_of(entry, ENTRY, f"step {step}: ")
@@ -143,14 +144,20 @@ def _is_count(value: Any) -> bool:
 
 def _is_matrix(value: Any) -> bool:
     """Rows of counts, as many as there are columns."""
-    return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == len(value) and all(map(_is_count, row)) for row in value
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(row, list) and len(row) == len(value) and all(map(_is_count, row)) for row in value)
     )
 
 
 def _is_order(value: Any) -> bool:
-    """Class ids of each step."""
-    return isinstance(value, list) and all(isinstance(step, list) and all(map(_is_count, step)) for step in value)
+    """Class ids of each step, of which there are some."""
+    return isinstance(value, list) and value != [] and all(_is_step(step) for step in value)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_count, value))
 
 
 def _is_history(value: Any) -> bool:
