@@ -19,6 +19,15 @@ case $METHOD in
     *+AWT | *+NeST) FIRST_LR=${FIRST_LR:-0.02} ;;
     *) FIRST_LR=${FIRST_LR:-0.01} ;;
 esac
+# refuse SENTENCE: a mistake in a variable is said before anything is started
+refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+if [[ ! $GPUS =~ ^[1-9][0-9]*$ ]]; then refuse "GPUS=$GPUS is not a number of processes; give a whole number from 1 to 24"; fi
+if ((GPUS > 24)) && [[ -z ${BATCH:-} ]]; then refuse "GPUS=$GPUS is more than the batch of 24 images; give BATCH, images a process, too"; fi
+if [[ ! -d $DATA_ROOT ]]; then refuse "DATA_ROOT=$DATA_ROOT is not a folder; give the one that holds the data set"; fi
+
 BATCH=${BATCH:-$((24 / GPUS))}
 NAME=${NAME:-$METHOD}
 SEED=${SEED:-42}
@@ -37,7 +46,7 @@ train_step() {
     shift 3
     if [[ -n $PRETRAINED ]]; then optional+=(--pretrained "$PRETRAINED"); fi
     if [[ $step == 1 && -n $STEP0_CKPT ]]; then optional+=(--step_ckpt "$STEP0_CKPT"); fi
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" run.py \
+    "$PYTHON" scripts/launch.py --standalone --nproc_per_node="$GPUS" run.py \
         --data_root "$DATA_ROOT" --name "$NAME" --date "$DATE" --random_seed "$SEED" --batch_size "$BATCH" \
         --opt_level "$OPT_LEVEL" --resume --step "$step" --lr "$lr" --epochs "$epochs" \
         ${optional[@]+"${optional[@]}"} "$@"

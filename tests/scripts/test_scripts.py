@@ -11,7 +11,7 @@ import pytest
 
 import argparser
 from dataset import tasks
-from scripts import average_csv
+from scripts import average_csv, launch
 from tests.support.paths import ROOT
 
 SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")])
@@ -181,6 +181,55 @@ def test_variables_and_words_of_the_user_reach_the_program(project, monkeypatch)
     opts = parsed(first)
     assert (opts.backbone, opts.batch_size, opts.random_seed, opts.epochs) == ("resnet50", 6, 7, 3)
     assert (opts.name, opts.opt_level, opts.pretrained, opts.no_pretrained) == ("my run", "O0", None, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"DATA_ROOT": "nowhere"}, "DATA_ROOT=nowhere is not a folder"),
+        ({"GPUS": "0"}, "GPUS=0 is not a number of processes"),
+        ({"GPUS": "two"}, "GPUS=two is not a number of processes"),
+        ({"GPUS": "25"}, "GPUS=25 is more than the batch of 24 images"),
+    ],
+)
+@pytest.mark.parametrize("script", ["scripts/voc/10-1.sh", "scripts/cityscapes/1-1.sh"])
+def test_a_wrong_variable_is_said_before_anything_is_started(project, script, given, said):
+    environment = os.environ | {"PYTHON": str(project.parent / "tools" / "python"), "RECORD": str(project / "record")}
+    environment |= {"DATA_ROOT": "my data", **given}
+    ended = subprocess.run([str(project / script)], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {said}") and ended.stderr.count("\n") == 1
+    assert not (project / "record").exists()
+
+
+@pytest.mark.parametrize(("task", "code", "said"), [("6-9", 2, "error: --task '6-9'"), ("6-2", 0, "")])
+def test_the_launcher_leaves_the_last_word_and_the_exit_code_to_the_program(tmp_path, task, code, said):
+    words = f"--dataset shapes --task {task} --step 0 --backbone resnet18 --dry_run --device cpu --no_progress".split()
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "launch.py", "--standalone", "--nproc_per_node=2", ROOT / "run.py", *words],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, "Traceback" in ended.stderr) == (code, False)
+    assert ended.stderr == "" if code == 0 else ended.stderr.splitlines()[-1].startswith(said)
+    assert code or json.loads(ended.stdout.splitlines()[-1])["task"] == "6-2"
+
+
+@pytest.mark.parametrize(
+    ("processes", "words", "lacks"),
+    [
+        ("1", "", True),
+        ("2", "--device cpu", False),
+        ("2", "--device=cpu", False),
+        ("gpu", "", False),
+        ("3", "--device auto", True),
+    ],
+)
+def test_gpus_are_counted_before_the_launch(processes, words, lacks, monkeypatch):
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
+    assert bool(launch.lack_of_gpus(processes, words.split())) == lacks
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 3)
+    assert launch.lack_of_gpus(processes, words.split()) == ""
+    assert "4 processes on this machine, but torch sees 3 GPU(s)" in launch.lack_of_gpus("4", [])
 
 
 def test_slurm_example(project, monkeypatch):
