@@ -138,6 +138,8 @@ class PseudoLabels(Part):
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
         """Relabel the batch, and weigh its pixels."""
         opts, task = self.opts, self.task
+        if self.thresholds is not None:
+            self.thresholds = self.thresholds.to(batch.truth.device)  # after a resume they come from the host
         result = pseudo.relabel(
             batch.truth,
             batch.teacher.logits,

@@ -209,7 +209,8 @@ class Workbench:
         teacher = self._plain_teacher(method) if method.needs_teacher else None
         self.passes = TEACHER_PASSES.get(method.name, 1) if teacher is not None else 0
         self.student = self._student(method, teacher)
-        method.attach(self.student, teacher, self._checkpoint(teacher))
+        self.checkpoint = self._checkpoint(teacher)
+        method.attach(self.student, teacher, self.checkpoint)
         self.teacher = self.plain_teacher = self.plain_student = None
         if "floor" in parts:
             # Alone, the floor's networks are not kept twice: its memory is measured too

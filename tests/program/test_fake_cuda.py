@@ -1,0 +1,141 @@
+"""The passes of an iteration on tensors of device "cuda", without one: devices, types of the losses, copies, reads by the host."""
+
+import itertools
+
+import pytest
+import torch
+
+import methods
+import segmentation_module
+from methods.plop import PseudoLabels
+from modules.backbones import BACKBONES
+from modules.norm import NORMS
+from scripts.benchmark.__main__ import parse
+from scripts.benchmark.workbench import Workbench
+from tests.support import thin
+from tests.support.fake_cuda import (
+    DEVICE,
+    SMALL_COPY,
+    counting,
+    fake_cuda,
+    on_device,
+    tensors_of,
+    unset_fake_temporarily,
+)
+from utils import class_similarity
+from utils.pod import distance
+from utils.runtime import amp
+
+SMALL = "--backbone resnet18 --crop_size 32 --old_classes 4 --new_classes 2 --device cpu"
+METHODS = [name for name in methods.METHODS if name != "Joint"]  # it has no step 1, and is FT at step 0
+#: --opt_level, --amp_dtype and the layout of the images.
+LEVELS = (
+    ("O0", None, torch.contiguous_format),
+    ("O1", "float16", torch.contiguous_format),
+    ("O1", "bfloat16", torch.channels_last),
+)
+#: What the host reads from the device in the passes of an iteration, by method: shapes that depend on the labels.
+READS = {
+    "SDR": {"bincount", "nonzero", "masked_select", "_local_scalar_dense"},
+    "UCD": {"nonzero", "_local_scalar_dense"},
+    "REMINDER": {"bincount", "nonzero", "_local_scalar_dense"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine():
+    """One mode for all tests, because caches keep fake tensors; they are emptied afterwards."""
+    caches = [
+        found
+        for module in (distance, class_similarity)
+        for found in vars(module).values()
+        if hasattr(found, "cache_clear")
+    ]
+    for cache in caches:
+        cache.cache_clear()
+    with thin.program(), fake_cuda() as mode:
+        yield mode
+    for cache in caches:
+        cache.cache_clear()
+
+
+class Step:
+    """Step 1 of a method on the device, as a resume leaves it: the state of the method comes from the CPU."""
+
+    def __init__(self, method):
+        with unset_fake_temporarily():
+            bench = Workbench(parse(f"{SMALL} --method {method}".split()), torch.device("cpu"))
+            checkpoint = dict(bench.checkpoint)
+            if checkpoint:  # EWC, PI and RW keep theirs under the official key
+                checkpoint["trainer_state"] = checkpoint.pop("method_state")
+            state = bench.trainer.method.state_dict()
+        self.opts, self.bench = bench.opts, bench
+        self.student = on_device(bench.student).train()
+        self.teacher = None if bench.trainer.teacher is None else on_device(bench.trainer.teacher)
+        self.method = methods.build(bench.opts, bench.task)
+        with counting(answer=True):
+            self.method.attach(self.student, self.teacher, checkpoint)
+            self.method.load_state_dict(state)
+
+    def passes(self, layout):
+        """Prepare a batch, the student's pass, all terms and penalties; the batch, the losses by name, and what was counted."""
+        images = torch.empty_like(self.bench.images, device=DEVICE, memory_format=layout)
+        labels = torch.empty_like(self.bench.labels, device=DEVICE)
+        precision = amp.build(self.opts, DEVICE)
+        with counting(answer=True) as found:
+            with precision.autocast():
+                batch = self.method.prepare(images, labels, self.teacher)
+                batch = batch.with_student(self.student(batch.images))
+            losses = self.method.terms(batch) | self.method.penalties(self.student)
+            self.method.after_step(self.student, batch)
+        return batch, losses, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_computes_on_the_device(method):
+    step = Step(method)
+    for level, dtype, layout in LEVELS:
+        step.opts.opt_level, step.opts.amp_dtype = level, dtype
+        batch, losses, found = step.passes(layout)
+        assert losses
+        assert {place: tensor.device for place, tensor in tensors_of(batch) if tensor.device != DEVICE} == {}
+        assert {(loss.device, loss.dtype) for loss in losses.values()} == {(DEVICE, torch.float32)}
+        assert batch.student.body.dtype is (getattr(torch, dtype) if dtype else torch.float32)
+        assert found.copies == []
+        thresholds = [part.thresholds for part in step.method.parts if isinstance(part, PseudoLabels)]
+        assert all(tensor.device == DEVICE for tensor in thresholds)  # copied once, not in every iteration
+        assert set(found.reads) <= READS.get(method, set()), found.reads
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_computes_on_the_device(backbone, norm):
+    opts = thin.options(f"--backbone {backbone} --norm_act {norm}")
+    with DEVICE:
+        model = segmentation_module.make_model(opts, [4, 2], pretrained=False)
+    images = torch.empty(2, 3, 64, 64, device=DEVICE)
+    for training, dtype in itertools.product((True, False), (torch.float16, torch.bfloat16)):
+        with counting() as found, torch.autocast("cuda", dtype=dtype):
+            taps = model.train(training)(images)
+        assert {tensor.device for _, tensor in tensors_of(taps)} == {DEVICE}
+        assert taps.logits.dtype is torch.float32 and taps.body.dtype is dtype
+        assert not found.reads and not found.copies
+
+
+def test_large_copies_and_mixed_devices_are_noticed():
+    with counting() as found:
+        torch.ones(SMALL_COPY).to(DEVICE)
+        assert found.copies == []
+        torch.ones(SMALL_COPY + 1).to(DEVICE)
+        torch.empty(2, SMALL_COPY, device=DEVICE).copy_(torch.ones(2, SMALL_COPY))
+    assert found.copies == [(SMALL_COPY + 1,), (2, SMALL_COPY)]
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(2, device=DEVICE) + torch.ones(2)
+
+
+def test_reads_of_the_host_are_counted():
+    value = torch.ones(3, device=DEVICE)
+    with counting(answer=True) as found:
+        assert float(value.sum()) == 1.0 and bool(value.any()) and value.tolist() == [1.0] * 3
+        assert value[value > 0].shape == (1,)
+    assert found.reads == {"_local_scalar_dense": 2 + len(value), "nonzero": 1}
