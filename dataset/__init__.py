@@ -15,6 +15,7 @@ import numpy as np
 from dataset import shapes, tasks
 from dataset.ade import Ade
 from dataset.base import SegmentationSet, Source, Splits, Transform, select
+from dataset.cache import condense
 from dataset.cityscapes_domain import CityscapesDomain
 from dataset.folder import Folder
 from dataset.layout import Layout
@@ -214,7 +215,7 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
         looked_at = np.union1d(np.flatnonzero(bad), select(shown, _wanted(task, ids))).astype(np.int64)
         for index, problem in zip(looked_at, source.inspect(looked_at, decode=True)[1]):
             found[index] = problem
-        problems += [line for problem in found for line in problem.splitlines()]
+        problems += condense([line for problem in found for line in problem.splitlines()], len(source), source.title)
     return problems
 
 

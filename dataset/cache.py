@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,29 @@ def fingerprint(paths: Sequence[str], what: str) -> str:
     return digest.hexdigest()
 
 
-def first_few(problems: Sequence[str], most: int = 5) -> str:
+def condense(problems: Sequence[str], files: int, title: str) -> list[str]:
+    """The problems of a split; a fault that nearly every file has, nine of ten, is listed three times and counted.
+
+    Args:
+        problems: a sentence for each; sentences that differ in the name of the file and in numbers alone are one fault.
+        files: of the split.
+        title: of the split.
+    """
+    faults: dict[str, list[str]] = {}
+    for problem in problems:
+        faults.setdefault(
+            re.sub(r"\d+", "#", re.sub(r"(image|mask) .+? (has|is|does|cannot)\b", r"\1 \2", problem)), []
+        ).append(problem)
+    lines = []
+    for same in faults.values():
+        counted = len(same) > 3 and len(same) >= 0.9 * files
+        lines += same[:3] if counted else same
+        if counted:
+            lines.append(f"{len(same) - 3} more of the {files} files of the {title} have the same fault")
+    return lines
+
+
+def first_few(problems: Sequence[str], most: int = 3) -> str:
     """The first few problems in one message."""
     rest = len(problems) - most
     return "; ".join(problems[:most]) + (f"; and {rest} more (--check_data lists all)" if rest > 0 else "")

@@ -140,7 +140,7 @@ def test_large_images_within_pillows_warning_are_refused(root, monkeypatch):
 def test_many_bad_masks_are_counted(root):
     for number in range(7):
         (root / "masks" / f"train{number}.png").write_text("hello")
-    with pytest.raises(ValueError, match="and 2 more"):
+    with pytest.raises(ValueError, match="and 4 more"):
         build(root)
 
 
@@ -243,7 +243,7 @@ def test_split_files_do_not_lead_out(root, line, message):
 
 def test_every_bad_line_of_a_split_is_said(root):
     (root / "splits" / "train.txt").write_text("\n".join(["train0", *(f"../x{n}" for n in range(6)), "nothing"]))
-    with pytest.raises(ValueError, match=r"entry 2: .*; and 2 more \(--check_data lists all\)$"):
+    with pytest.raises(ValueError, match=r"entry 2: .*; and 4 more \(--check_data lists all\)$"):
         build(root)
     opts = options(root)
     problems = dataset.check_data(opts, dataset.load_task(opts, 0))
@@ -351,6 +351,17 @@ def test_check_data_lists_all_kinds_at_once(root, processes, monkeypatch):
     assert len(problems) == len(expected) and not any("\n" in problem for problem in problems)
     for name in expected:
         assert sum(name in problem for problem in problems) == 1, name
+
+
+def test_a_fault_that_every_file_has_is_listed_three_times_and_counted(root):
+    for number in range(10):
+        mask_in_colour(root, f"train{number}")
+    (root / "masks" / "val0.png").write_text("hello")
+    opts = options(root)
+    problems = dataset.check_data(opts, dataset.load_task(opts, 0))
+    assert len(problems) == 5 and "val0" in problems[4]
+    assert all(f"train{number}.png has the mode 'RGB'" in problems[number] for number in range(3))
+    assert problems[3] == "7 more of the 10 files of the split train of folder have the same fault"
 
 
 def test_check_data_looks_at_what_a_test_on_the_training_set_reads(root):
