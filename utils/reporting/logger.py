@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -29,13 +29,16 @@ class Logger:
         progress: whether to draw progress bars.
     """
 
+    #: Whether the user was told that there will be no TensorBoard files.
+    missing_said: ClassVar[bool] = False
+
     def __init__(self, progress: bool = True):
         self.writer: Any = None
         self.flushed_at = 0.0
         self.progress = progress and distributed.is_main()
 
     def open(self, folder: Path, first_iteration: int | None = None) -> None:
-        """Start writing TensorBoard files.
+        """Start writing TensorBoard files; without tensorboardX none are written, which is said once.
 
         Args:
             folder: where they go.
@@ -50,8 +53,12 @@ class Logger:
             return
         # Imported here because it is slow, and a dry run does not need it. The SummaryWriter of the library is not used: its thread
         # ends on a full disk, and later calls wait for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
+        except ImportError:
+            self._say_that_there_is_no_tensorboard()
+            return
 
         kept: dict[str, float] = {}
         try:
@@ -69,6 +76,14 @@ class Logger:
             # Readers drop all values from this iteration on, also those of this iteration, which are therefore written again
             self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
             self.scalars(kept, first_iteration)
+
+    def _say_that_there_is_no_tensorboard(self) -> None:
+        """Once in a program, whatever the number of its steps."""
+        if not Logger.missing_said:
+            Logger.missing_said = True
+            self.info(
+                "note: tensorboardX is not installed, so no TensorBoard files are written; pip install tensorboardX"
+            )
 
     def _write(self, iteration: int, **content: Any) -> None:
         """Append an event to the file."""

@@ -2,12 +2,14 @@
 
 import errno
 import struct
+import sys
 import time
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import SessionLog
 
+from tests.support import thin
 from tests.support.events import curves, pictures, read_events, scalars
 from utils.reporting.logger import Logger
 
@@ -90,6 +92,20 @@ def test_a_full_disk_ends_the_log_not_the_training(tmp_path, monkeypatch, capsys
     assert said == [
         "note: --logdir cannot be written any more (No space left on device); no TensorBoard for the rest of this step"
     ]
+
+
+def test_without_tensorboardx_a_run_goes_through_and_says_it_once(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboardX"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
+    monkeypatch.setattr(Logger, "missing_said", False)
+    with thin.program():
+        assert thin.launch(tmp_path, "--task 6-2 --step 0 1 --method FT") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "tensorboardX" in line]
+    assert said == [
+        "note: tensorboardX is not installed, so no TensorBoard files are written; pip install tensorboardX"
+    ]
+    assert len(thin.rows(tmp_path)) == 2 and not list((tmp_path / "logs").rglob("events*"))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
