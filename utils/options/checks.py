@@ -16,6 +16,7 @@ from utils.checkpointing.structure import PART_OF_FILE_NAME
 from utils.errors import UserError
 from utils.options import flags
 from utils.options.rules import LARGE, Rules
+from utils.options.spelling import suggestion
 from utils.runtime import amp
 
 _HUGE = 2**1000
@@ -211,7 +212,9 @@ def _choices(opts: Namespace, rules: Sequence[Rules]) -> None:
     for rule in rules:
         for dest, choices in rule.choices.items():
             if (value := getattr(opts, dest)) not in choices:
-                raise UserError(f"--{dest} {value[:80]!r} is unknown; choose one of {', '.join(choices)}")
+                raise UserError(
+                    f"--{dest} {value[:80]!r} is unknown; choose one of {', '.join(choices)}{suggestion(value, choices)}"
+                )
 
 
 def _own_checks(opts: Namespace, rules: Sequence[Rules]) -> None:

@@ -79,6 +79,10 @@ def test_a_task_that_was_meant():
     assert refusal("--task ofline").endswith("; did you mean offline?")
 
 
+def test_a_word_that_the_parser_takes_as_free_text():
+    assert refusal("--pod local --pod_prepro rellu").endswith("; did you mean relu?")
+
+
 # -------------------------------------------------------------------------- "--"
 
 
