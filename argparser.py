@@ -231,7 +231,9 @@ def _program(parser: argparse.ArgumentParser) -> None:
     switch("--dry_run", help="build everything, train nothing, print one line of JSON about each step")
     switch("--list_methods", help="print name, paper, year and preset of every method, and end")
     switch("--check_data", help="read every image and mask of the steps, list every bad file, and end")
-    switch("--trial_batch", help="run one batch through forward and backward first: does it fit into the memory?")
+    switch(
+        "--trial_batch", help="train one batch first, then restore the state: does an iteration fit into the memory?"
+    )
     switch("--debug", help="verbose messages")
     add("--code_directory", default=".", help="no effect")
     add("--yess", type=float, default=1.0, help="no effect")
