@@ -142,7 +142,10 @@ def test_checkpoints_of_earlier_versions_are_built_upon(tmp_path, capsys):
     assert thin.rows(tmp_path / "FT") == thin.rows(tmp_path / "LSKD")
 
 
-@pytest.mark.parametrize("wrong", [torch.full((9,), float("nan")), [1.0] * 9, "x"])
+SHAPES = [torch.ones(8), torch.ones(9, 1), torch.ones(()), {"names": ["ce"], "values": torch.ones(2)}]
+
+
+@pytest.mark.parametrize("wrong", [torch.full((9,), float("nan")), [1.0] * 9, "x", *SHAPES])
 def test_a_lambda_that_is_no_number_is_refused(tmp_path, wrong):
     checkpoint_files.save(tmp_path / "a.pth", {"model_state": {}, "loss_weights": wrong})
     with pytest.raises(
