@@ -20,9 +20,6 @@ FACTOR = 100.0
 #: Bounds of that first total: a lower one counts as the first, a higher one as the second.
 LEAST_REFERENCE, GREATEST_REFERENCE = 1.0, 1000.0
 
-#: Remedy in messages about a loss that diverges or is not finite, unless the method has its own.
-REMEDY = "lower --lr, --pod_factor or --loss_kd"
-
 
 class DivergenceWatch:
     """Detects that the total loss of a step diverges.
