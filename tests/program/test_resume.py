@@ -73,7 +73,7 @@ def leftovers(folder):
     names = [path.name for path in (folder / "checkpoints").iterdir()] + [
         path.name for path in (folder / "results").iterdir()
     ]
-    return sorted(name for name in names if not name.endswith((".lock", ".csv", ".json", "_pictures")))
+    return sorted(name for name in names if not name.endswith((".lock", ".csv", ".json", ".yaml", "_pictures")))
 
 
 def check(folder, whole, name):
