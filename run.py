@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
 import os
 import signal
 import sys
@@ -32,10 +31,11 @@ import dataset
 import methods
 import segmentation_module
 from dataset.kept_pictures import keep_pictures
-from dataset.sampler import EpochSampler, Interruptible
-from dataset.step_data import StepData, require_batches, require_later_steps
+from dataset.sampler import Interruptible
+from dataset.step_data import StepData, check_step, require_later_steps
 from dataset.tasks import Task
 from dataset.transform import denormalise
+from methods.dry_run import dry_run
 from segmentation_module import SegmentationModel
 from train import Trainer
 from utils.checkpointing import checkpoint_files
@@ -125,7 +125,7 @@ def run(opts: Namespace) -> None:
             if opts.dry_run:
                 dry_run(step_opts, task)
             elif opts.check_data:
-                faults += check_data(step_opts, task)
+                faults += check_step(step_opts, task)
             else:
                 StepRun(step_opts, task, device, stop).go()
                 gc.collect()  # frees networks and optimiser, which reference each other, before the next step
@@ -133,37 +133,6 @@ def run(opts: Namespace) -> None:
         raise distributed.SharedError(
             f"--check_data found {len(faults)} faults; mend or remove these:\n" + "\n".join(faults)
         )
-
-
-def dry_run(opts: Namespace, task: Task) -> None:
-    """Build everything, train nothing, print one line of JSON about the step."""
-    splits = dataset.build(opts, task)
-    require_batches(len(splits.train), opts, task)
-    classes, method = segmentation_module.network_classes(opts, task), methods.build(opts, task)
-    model = segmentation_module.build_network(opts, classes, False, method.wrap_model)
-    store = Store(opts, task)
-    if task.step > 0 and store.previous().is_file():
-        store.load_previous()
-    sampler = EpochSampler(len(splits.train), opts.batch_size, opts.random_seed, world_size=distributed.world_size())
-    line = {
-        "task": task.name,
-        "step": task.step,
-        "classes": {"old": task.num_old, "new": task.num_new, "total": task.num_total},
-        "images": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps_per_epoch": sampler.batches,
-    }
-    if distributed.is_main():
-        print(json.dumps(line), flush=True)
-
-
-def check_data(opts: Namespace, task: Task) -> list[str]:
-    """Read every image and mask of the step; returns a sentence for each bad one."""
-    faults = distributed.on_main(lambda: dataset.check_data(opts, task))
-    if distributed.is_main():
-        said = f"{len(faults)} faults" if faults else "every image and mask can be read"
-        print(f"step {task.step} of {task.name}: {said}")
-    return faults
 
 
 @dataclass(frozen=True)

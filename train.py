@@ -28,7 +28,6 @@ from segmentation_module import SegmentationModel
 from utils import scheduler
 from utils.checkpointing import structure
 from utils.checkpointing.random_state import random_state, set_random_state
-from utils.errors import UserError
 from utils.optimizer import allocate_momenta, make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
@@ -419,27 +418,11 @@ class Trainer:
         Raises:
             UserError: taken with another number of processes, or not by this program.
         """
-        try:
+        with structure.refusing_misfits():
             self._load(state)
-        except structure.LOAD_ERRORS as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"--resume: the state of the interrupted run does not fit this one ({type(error).__name__}); start anew without it"
-            ) from error
 
     def _load(self, state: dict[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise UserError(
-                "--resume: the interrupted run is of another version of this program, which would not continue it exactly; "
-                "start the step anew without --resume"
-            )
-        before, processes = len(state["random"]), distributed.world_size()
-        if before != processes:
-            raise UserError(
-                f"the interrupted run had {before} processes, this one has {processes}; "
-                "start as many as before, or without --resume"
-            )
+        structure.require_version(state, STATE_VERSION, distributed.world_size())
         parts: dict[str, Any] = {"scheduler": self.scheduler, "precision": self.precision, "balancer": self.balancer}
         mine = {name: part.state_dict() for name, part in (parts | {"model": self.network}).items()}
         mine |= {"position": [0] * 4, "best_score": 0.0, "divergence": [None, False]}

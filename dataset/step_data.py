@@ -48,6 +48,15 @@ def require_later_steps(opts: Namespace) -> None:
             store.require_previous()
 
 
+def check_step(opts: Namespace, task: Task) -> list[str]:
+    """Read every image and mask of a step and say what was found; returns a sentence for each bad one."""
+    faults = distributed.on_main(lambda: dataset.check_data(opts, task))
+    if distributed.is_main():
+        said = f"{len(faults)} faults" if faults else "every image and mask can be read"
+        print(f"step {task.step} of {task.name}: {said}")
+    return faults
+
+
 class StepData:
     """Data sets and loaders of a step.
 

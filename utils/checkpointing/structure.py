@@ -3,7 +3,9 @@ would read a momentum that is smaller than its weight beyond its end."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -148,3 +150,43 @@ def scales_in_place(norm: str) -> bool:
         norm: a key of `modules.norm.NORMS`.
     """
     return norm.startswith(IN_PLACE_NORMS)
+
+
+@contextlib.contextmanager
+def refusing_misfits() -> Iterator[None]:
+    """Whatever goes wrong within it is the fault of a state that does not fit.
+
+    Raises:
+        UserError: a part of the program could not load its state.
+    """
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--resume: the state of the interrupted run does not fit this one ({type(error).__name__}); start anew without it"
+        ) from error
+
+
+def require_version(state: Mapping[str, Any], version: int, processes: int) -> None:
+    """Refuse a state that cannot be continued exactly.
+
+    Args:
+        state: of an interrupted run.
+        version: of the states of this program.
+        processes: of this run.
+
+    Raises:
+        UserError: the state is of another version or of another number of processes.
+    """
+    if state.get("version") != version:
+        raise UserError(
+            "--resume: the interrupted run is of another version of this program, which would not continue it exactly; "
+            "start the step anew without --resume"
+        )
+    before = len(state["random"])
+    if before != processes:
+        raise UserError(
+            f"the interrupted run had {before} processes, this one has {processes}; start as many as before, or without --resume"
+        )
