@@ -20,10 +20,6 @@ CODE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 FOLDERS = "dataset|docs|methods|metrics|modules|scripts|tests|utils"
 #: Options of programs that are not the project's: torchrun, torch.distributed.launch.
 FOREIGN_OPTIONS = {"--nproc_per_node", "--master_port"}
-#: Files that a page names before they are made. Strict: once a file exists, its entry fails and must be removed.
-PENDING = {
-    "docs/figures/quickstart.png": pytest.mark.xfail(strict=True, reason="remove this entry of PENDING: it exists now"),
-}
 
 
 def name_of(path):
@@ -32,11 +28,7 @@ def name_of(path):
 
 def each(found):
     """Parameters (page, item) with readable names."""
-    return [
-        pytest.param(page, item, id=f"{name_of(page)}-{item}", marks=PENDING.get(item, ()))
-        for page in PAGES
-        for item in found(page)
-    ]
+    return [pytest.param(page, item, id=f"{name_of(page)}-{item}") for page in PAGES for item in found(page)]
 
 
 # --------------------------------------------------------------- links and paths
