@@ -45,8 +45,8 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         json.dumps([described, options])
         check_history(history)
         known = (described is None and not own) or (isinstance(described, dict) and _is_description(described))
-        counted = schedule is None or (isinstance(schedule, dict) and isinstance(schedule.get("last_epoch", 0), int))
-        counted = counted and isinstance(state.get("iterations", 0), int)
+        counted = schedule is None or (isinstance(schedule, dict) and _is_count(schedule.get("last_epoch", 0)))
+        counted = counted and _is_count(state.get("iterations", 0))
         plain = (
             isinstance(options, dict)
             and all(isinstance(key, str) for key in options)
@@ -59,6 +59,11 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         raise UserError(
             f"{path} does not say what it learned as this program does; name a file that a finished step wrote"
         )
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a whole number that a curve can have as its abscissa; True and False are none."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_description(described: dict[str, Any]) -> bool:
