@@ -181,6 +181,7 @@ class StepRun:
     def __init__(self, opts: Namespace, task: Task, device: torch.device, stop: StopRequest):
         self.opts, self.task, self.device, self.stop = opts, task, device, stop
         self.store = Store(opts, task)
+        #: Of the weights that this run trains; a test of given weights has its own
         self.origin = results.origin(opts, self.store.finished(task.step), plain_options(opts))
         self.log = Logger(progress=not opts.no_progress)
 
@@ -261,12 +262,12 @@ class StepRun:
         try:
             context = Context(self.device, self.log, self.stop)
             trainer = Trainer(opts, task, method, model, None, context, len(data.batches))
-            self.origin = results.origin(opts, state["file"], state.get("options"))
+            origin = results.origin(opts, state["file"], state.get("options"))
             weights = checkpoint_files.digest(state["model_state"])
-            distributed.on_main(lambda: results.check(opts, task, self.origin | {"weights_sha256": weights}))
+            distributed.on_main(lambda: results.check(opts, task, origin | {"weights_sha256": weights}))
             distributed.on_main(self._open_log)
             iterations = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
-            self._test(trainer, data, iterations, state.get("history", []))
+            self._test(trainer, data, iterations, state.get("history", []), origin)
         finally:
             data.batches.close()
 
@@ -299,7 +300,7 @@ class StepRun:
                 self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
             )
             self._train(trainer, data, previous, unfinished)
-            self._test(trainer, data, trainer.total_iterations, trainer.history)
+            self._test(trainer, data, trainer.total_iterations, trainer.history, self.origin)
         finally:
             data.batches.close()
 
@@ -408,7 +409,9 @@ class StepRun:
 
     # -------------------------------------------------------------------- test
 
-    def _test(self, trainer: Trainer, data: StepData, iterations: int, history: list[dict[str, Any]]) -> None:
+    def _test(
+        self, trainer: Trainer, data: StepData, iterations: int, history: list[dict[str, Any]], origin: dict[str, Any]
+    ) -> None:
         """Test the trainer's network and record the scores.
 
         Args:
@@ -416,6 +419,7 @@ class StepRun:
             data: of the step.
             iterations: that were trained, the abscissa of the test's curves.
             history: of the training, an entry an epoch.
+            origin: of the tested weights (`results.origin`).
         """
         task = self.task
         weights = checkpoint_files.digest(trainer.network.state_dict())  # those of the checkpoint
@@ -423,7 +427,7 @@ class StepRun:
         scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
-        scores |= {"Weights": weights, "Origin": self.origin}
+        scores |= {"Weights": weights, "Origin": origin}
         entry = distributed.on_main(lambda: results.write(self.opts, task, scores, data.class_names, history))
         log_scores(self.log, self.opts, task, entry, dataset.labels_of_test(self.opts, task), iterations)
         if self.opts.visualize:

@@ -118,8 +118,8 @@ def make_model(
     """Build the network that the options ask for.
 
     Args:
-        opts: reads backbone, norm_act, output_stride, pooling, and where present nb_background_modes,
-            multimodal_fusion, cosine, no_pretrained, pretrained.
+        opts: reads backbone, norm_act, output_stride, pooling, cosine, nb_background_modes, multimodal_fusion, and for the weights
+            of the body no_pretrained and pretrained.
         classes: channels of each step's classifier, background included in the first, such as [16, 5].
         pretrained: whether the body starts from ImageNet weights; None follows `--no_pretrained`. False where a
             checkpoint will be loaded anyway.
@@ -137,14 +137,14 @@ def make_model(
     classifiers = Classifiers(
         HEAD_CHANNELS,
         classes,
-        cosine=getattr(opts, "cosine", False),
-        background_modes=getattr(opts, "nb_background_modes", 1),
-        fusion=getattr(opts, "multimodal_fusion", "sum"),
+        cosine=opts.cosine,
+        background_modes=opts.nb_background_modes,
+        fusion=opts.multimodal_fusion,
     )
     if pretrained is None:
-        pretrained = not getattr(opts, "no_pretrained", False)
+        pretrained = not opts.no_pretrained
     if pretrained:
-        load_backbone(body, opts.backbone, opts.norm_act, getattr(opts, "pretrained", None), log)
+        load_backbone(body, opts.backbone, opts.norm_act, opts.pretrained, log)
     return SegmentationModel(body, head, classifiers)
 
 

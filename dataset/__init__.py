@@ -69,7 +69,7 @@ def load_task(opts: Namespace, step: int) -> Task:
     if opts.dataset not in tasks.KNOWN:
         layout, classes = _layout(opts), len(class_names(opts))
         sizes = (len(layout.domains), classes) if layout is not None and layout.domains else (classes,)
-    return tasks.load(opts.dataset, opts.task, step, getattr(opts, "task_file", None), *sizes)
+    return tasks.load(opts.dataset, opts.task, step, opts.task_file, *sizes)
 
 
 def described_task(described: dict[str, Any]) -> Task:
@@ -101,7 +101,7 @@ def build(opts: Namespace, task: Task) -> Splits:
 
     Args:
         opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
-            test_on_val, disable_background, ignore_test_bg, random_seed; optional: shapes_train and shapes_val,
+            test_on_val, disable_background, ignore_test_bg, random_seed; for the embedded data set shapes_train and shapes_val,
             numbers of scenes.
         task: the step.
 
@@ -241,8 +241,8 @@ def _source(opts: Namespace, train: bool) -> Source:
     layout = _layout(opts)
     if layout is not None:
         return FileSource(layout, _root(opts), train)
-    split, default = ("train", shapes.TRAIN_IMAGES) if train else ("val", shapes.VAL_IMAGES)
-    return shapes.ShapesSource(split, getattr(opts, f"shapes_{split}", None) or default, opts.crop_size)
+    split, count = ("train", opts.shapes_train) if train else ("val", opts.shapes_val)
+    return shapes.ShapesSource(split, count, opts.crop_size)
 
 
 def _wanted(task: Task, ids: tuple[int, ...]) -> list[int]:

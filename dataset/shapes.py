@@ -22,7 +22,6 @@ _LOOKS = (
 )  # fmt: skip
 CLASSES = ("background", *(f"{texture} {silhouette}" for texture, silhouette in _LOOKS))
 
-TRAIN_IMAGES, VAL_IMAGES = 1200, 200
 #: Pictures are drawn at the crop size up to this; a larger crop enlarges them, as it does with real photographs.
 MAX_SIZE = 128
 

@@ -168,7 +168,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
         names = list(convs._modules)
         for name in names:
             self.add_module(name, convs.get_submodule(name))
-        at = next(i for i, name in enumerate(names) if getattr(getattr(self, name), "kernel_size", None) == (3, 3))
+        at = next(i for i, layer in enumerate(self) if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
         self.before, self.old, self.after = names[:at], names[at : at + 2], names[at + 2 :]
         self.new = [f"{name}_new" for name in self.old]
         cast(ABN, self.get_submodule(self.old[1])).activation = "identity"  # the mixture is activated
@@ -228,7 +228,7 @@ class DoubledHead(TwoBranches, DeeplabV3):
     @property
     def doubled(self) -> bool:
         """See `TwoBranches`."""
-        return hasattr(self, "map_convs_new")
+        return "map_convs_new" in self._modules
 
     def branch(self, new: bool) -> Branch:
         """See `TwoBranches`."""

@@ -12,14 +12,15 @@ from modules.mobilenet import InvertedResidual, MobileNetV2
 from modules.norm import ABN, make_norm
 from modules.pretrained import load_backbone
 from segmentation_module import make_model
+from tests.support import thin
 
 WIDTHS = (24, 32, 96, 320)
 
 
 def model_of(norm="abn", stride=16, **changes):
     torch.manual_seed(0)
-    options = {"backbone": "mobilenet_v2", "norm_act": norm, "output_stride": stride, "pooling": 32}
-    return make_model(Namespace(**{**options, "no_pretrained": True, **changes}), [3, 2])
+    opts = thin.options(f"--backbone mobilenet_v2 --norm_act {norm} --output_stride {stride}")
+    return make_model(Namespace(**{**vars(opts), **changes}), [3, 2])
 
 
 def leaky(module):

@@ -25,8 +25,7 @@ OFFICIAL = json.loads((FACTS / "official_state_dict.json").read_text())
 
 
 def options(**changes):
-    defaults = {"backbone": "resnet18", "norm_act": "iabn", "output_stride": 16, "pooling": 32, "no_pretrained": True}
-    return Namespace(**{**defaults, **changes})
+    return Namespace(**{**vars(thin.options("--backbone resnet18")), **changes})
 
 
 @functools.cache
