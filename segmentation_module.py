@@ -65,7 +65,7 @@ class SegmentationModel(nn.Module):
         small = self.cls(pre_logits)
         logits = small
         if full_size:
-            # Interpolation in half precision makes close logits equal, of which arg-max takes the class with the lower index.
+            # In half precision, interpolation makes close logits equal, and arg-max then takes the class with the lower index.
             logits = upsample(at_least_float32(small), images.shape[2:])
         return Taps(logits, small, body, pre_logits, attentions, self.body.slope)
 
@@ -103,7 +103,7 @@ class SegmentationModel(nn.Module):
         self.cls.align(reference)
 
     def watched_weights(self) -> dict[str, nn.Parameter]:
-        """RGE's W by tap: that of each stage of the body (`Body.watched_weights`), and the head's last norm for both taps of the head."""
+        """RGE's W by tap: one of each stage (`Body.watched_weights`), the weight of the head's last norm for pre_logits and logits."""
         head = self.get_parameter("head.red_bn.weight")
         return dict(zip(TAP_NAMES, (*self.body.watched_weights(), head, head)))
 
@@ -159,7 +159,7 @@ def keep_layers(model: SegmentationModel) -> None:
 def build_network(
     opts: Namespace, classes: Sequence[int], pretrained: bool, wrap: Wrap = keep_layers
 ) -> SegmentationModel:
-    """The network for these classifiers.
+    """Build the network, and let the method replace layers.
 
     Args:
         opts: network options.
@@ -247,7 +247,7 @@ def load_weights(
     misshapen = [name for name in own if name in weights and not _alike(own[name], weights[name])]
     tolerant = " (or --strict_weights to take what fits)"
     for names, what, more in (
-        (misshapen, "of another shape or kind", ""),
+        (misshapen, "of another shape or type", ""),
         (missing if strict else [], "missing", tolerant),
         (unexpected if strict else [], "unexpected", tolerant),
     ):

@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 
 class Backbone(NamedTuple):
-    """How a name becomes a body.
+    """What `--backbone NAME` builds.
 
     Attributes:
         build: (norm, output stride) -> body with random weights.
@@ -32,7 +32,13 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def find(name: str) -> Backbone:
-    """The backbone of that name.
+    """Look up a backbone.
+
+    Args:
+        name: a value of `--backbone`.
+
+    Returns:
+        Its entry in `BACKBONES`.
 
     Raises:
         UserError: no backbone has that name.

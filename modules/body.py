@@ -1,4 +1,4 @@
-"""What a body is: the part of the network that `--backbone` chooses (modules/backbones.py)."""
+"""`Body`: the base class of the feature extractors that `--backbone` chooses from (modules/backbones.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Body(nn.Module):
 
     Attributes:
         out_channels: channels of the last map.
-        slope: negative slope of the activation between a tap and the map behind it: 0 for a ReLU, 1 where nothing follows the tap.
+        slope: negative slope of the activation that follows a tap: 0 for a ReLU, 1 where no activation follows.
             Methods that need the activated taps compute them with it.
         own_norms: the body has its own norms and ignores `--norm_act`. Files of pretrained weights then have no norm in their
             name, and their scales are not converted. With several processes, all take the running statistics of the main process.
@@ -46,7 +46,7 @@ class Body(nn.Module):
 
         Returns:
             The last map (B, out_channels, h, w), of the input's size over the output stride; and four taps, the output of each stage before
-            its last activation. No operation behind a tap may overwrite it.
+            its last activation. No later operation may overwrite a tap.
         """
         raise NotImplementedError
 

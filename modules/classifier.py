@@ -21,11 +21,11 @@ FUSIONS = {
 }
 
 #: Bias of a removed background mode: so low that neither the maximum nor the softmax selects it.
-_SILENT = -1e4
+_REMOVED_BIAS = -1e4
 
 
 class CosineClassifier(nn.Conv2d):
-    """1×1 conv whose outputs are the cosines between the features and each class's weight; no bias.
+    """1×1 conv without bias whose outputs are the cosines between the features and each class's weight.
 
     Reference: Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing" (LUCIR), CVPR 2019, eq. 4.
     """
@@ -69,7 +69,7 @@ class Classifiers(nn.ModuleList):
         if fusion not in FUSIONS:
             raise UserError(f"--multimodal_fusion {fusion}: choose one of {', '.join(FUSIONS)}")
         if cosine and background_modes > 1:
-            raise UserError("--cosine works with one background mode only; drop --nb_background_modes")
+            raise UserError("--cosine works with one background mode only; leave --nb_background_modes out")
         self.classes = tuple(classes)
         self.background_modes = background_modes
         self.fuse = FUSIONS[fusion]
@@ -138,17 +138,20 @@ class Classifiers(nn.ModuleList):
         shares = shares / shares.sum(1, keepdim=True)
         self._start_from_background(shares.to(self._background_weight().dtype))
         if how.endswith(("_init", "_remove")):
-            donors = winners[seen.squeeze(1)].unique()
-            donors = donors[donors != votes.sum(0).argmin()]
-            self._reset_modes(donors, silent=how.endswith("_remove"))
+            replaced = winners[seen.squeeze(1)].unique()
+            replaced = replaced[replaced != votes.sum(0).argmin()]
+            self._reset_modes(replaced, remove=how.endswith("_remove"))
 
     def mode_votes(self, x: Tensor, labels: Tensor, how: str) -> Tensor:
-        """(C_new, K) responses of the background modes to the pixels of the new classes in one batch.
+        """Responses of the background modes to the pixels of the new classes in one batch.
 
         Args:
             x: (B, c, h, w) features.
             labels: (B, H, W) label map; the new classes are the last C_new ids.
             how: as in `init_from_modes`; "max..." counts each pixel's strongest mode, "softmax..." sums the softmax.
+
+        Returns:
+            (C_new, K).
         """
         modes = F.interpolate(self[0](x), size=labels.shape[1:], mode="bilinear", align_corners=False)  # (B, K, H, W)
         strength = modes.softmax(1)
@@ -200,18 +203,18 @@ class Classifiers(nn.ModuleList):
         new.bias.copy_((shares @ background - shift).expand_as(new.bias))
         background -= shift / (self.background_modes if self.fusion == "sum" else 1)
 
-    def _reset_modes(self, modes: Tensor, silent: bool) -> None:
-        """Give background modes new random weights, or (silent) remove them from the fused background."""
+    def _reset_modes(self, modes: Tensor, remove: bool) -> None:
+        """Give background modes new random weights, or remove them from the fused background."""
         weight, bias = self[0].weight, self[0].bias
         assert bias is not None, "cosine classifiers have one background mode"
-        if not silent:
+        if not remove:
             fresh = nn.Conv2d(self[0].in_channels, self.background_modes, 1)
             assert fresh.bias is not None
             weight[modes] = fresh.weight.to(weight)[modes]
             bias[modes] = fresh.bias.to(bias)[modes]
             return
         weight[modes] = 0.0
-        bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _SILENT
+        bias[modes] = 0.0 if self.fusion in ("sum", "mean") else _REMOVED_BIAS
         if self.fusion == "mean":  # the mean still divides by the number of all modes: the kept modes are scaled up
             share = self.background_modes / (self.background_modes - len(modes))
             weight.mul_(share)

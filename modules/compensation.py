@@ -74,11 +74,11 @@ class TwoBranches(nn.Module):
         if not self.training:
             return F.leaky_relu_((old + new) / 2, SLOPE)
         share = self.share.to(old.dtype)[:, None, None]
-        # Products by 1 and 0 are exact, and neither branch is kept for the backward pass
+        # Products by 1 and 0 are exact, and autograd keeps neither branch for the backward pass
         return F.leaky_relu_(torch.addcmul((1 - share) * new, old, share), SLOPE)
 
     def add_biases(self) -> list[nn.Parameter]:
-        """Give the convs of the old branch biases of 0, which a merge fills; returns them."""
+        """Give the convs of the old branch biases of 0, which a merge sets, and return the biases."""
         convs = self.branch(new=False).convs
         biases = [nn.Parameter(conv.weight.new_zeros(conv.out_channels)) for conv in convs]
         for conv, bias in zip(convs, biases):
@@ -160,7 +160,7 @@ class DoubledConvs(TwoBranches, nn.Sequential):
     """The convs of a residual block, its first 3×3 conv doubled.
 
     Args:
-        convs: the `convs` of a `ResidualBlock`. Its layers are used, not copied; the new conv and norm start as copies of the old ones.
+        convs: the `convs` of a `ResidualBlock`. Its layers are used, not copied; the new conv and norm are copies of the old ones.
     """
 
     def __init__(self, convs: nn.Sequential) -> None:
@@ -222,7 +222,7 @@ class DoubledHead(TwoBranches, DeeplabV3):
         self.map_convs_new = copy.deepcopy(self.map_convs)
         self.map_bn_new = copy.deepcopy(self.map_bn)
         _prepare_norms(self)
-        xavier_(self, gain=1.0)  # that of the release's linear norms
+        xavier_(self, gain=1.0)  # the gain of a norm without activation, as in the release
         self.register_buffer("share", torch.full_like(self.map_bn.running_mean, 0.5), persistent=False)
 
     @property
@@ -245,7 +245,7 @@ class DoubledHead(TwoBranches, DeeplabV3):
 
 
 def _prepare_norms(module: nn.Module) -> None:
-    """The release activates by torch's leaky ReLU, whose slope is not rounded to float32 as that of the in-place norms is."""
+    """Set the slope as in the release, which uses torch's leaky ReLU; the in-place norms round it to float32."""
     for norm in module.modules():
         if isinstance(norm, ABN):
             norm.slope = SLOPE

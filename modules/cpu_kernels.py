@@ -1,6 +1,6 @@
-"""Faster CPU versions of calls to torch; the modules that use them (atrous.py, upsample.py) show the call to torch first.
+"""Faster CPU versions of functions of torch. The modules that use them (atrous.py, upsample.py) contain torch's call too.
 
-Values and gradients are those of the call, up to rounding. On a GPU the call to torch itself is used.
+Values and gradients equal those of torch up to rounding. A GPU uses torch's call.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.autograd.function import once_differentiable
 
 
 def atrous_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """`F.conv2d(x, weight, bias, 1, dilation, dilation)` that skips the taps of the kernel which read padding alone.
+    """`F.conv2d(x, weight, bias, 1, dilation, dilation)` that skips the taps of the kernel that read padding alone.
 
     On a map no larger than the dilation only the centre row (column) of the kernel reads the map: at 256 px and stride 16 the conv of
-    the head with the largest dilation costs a ninth. Where the dilation is a large part of the map, the gradient of the weights is
-    computed for each tap on the part of the map that the tap reads (`_SeenOnly`).
+    the head with the largest dilation takes a ninth of the multiplications. Where the dilation is a large part of the map, the gradient
+    of the weights is computed for each tap on the part of the map that the tap reads (`_SeenOnly`).
 
     Args:
         x: (B, C, h, w).
         weight: (O, C, 3, 3).
         bias: (O,) or None.
-        dilation: and padding.
+        dilation: of the kernel; the padding is equal to it.
 
     Returns:
         (B, O, h, w).
@@ -42,17 +42,17 @@ def atrous_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int)
 
 
 def _mostly_padding(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """Whether products over the parts that are read are faster than torch's gradient of the weights; not in half precision."""
+    """Whether `_SeenOnly` is faster than torch's gradient of the weights; it is not used in half precision."""
     trained = torch.is_grad_enabled() and weight.requires_grad and bias is None
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-    wide = 8 * dilation >= 3 * min(x.shape[2:])  # where they are equally fast, by measurement
+    wide = 8 * dilation >= 3 * min(x.shape[2:])  # from this ratio on it was measured to be faster
     return trained and plain and wide and x.dtype in (torch.float32, torch.float64)
 
 
 class _SeenOnly(torch.autograd.Function):
     """A dilated 3×3 conv whose gradient of the weights leaves padding out.
 
-    torch's gradient multiplies padding too, and allocates a hundred megabytes temporarily.
+    torch's gradient also multiplies the padding, and allocates a hundred megabytes temporarily.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, dilation: int) -> Tensor:
         (O, C, 3, 3).
     """
     grad, x = grad.contiguous(), x.contiguous()
-    taps = x.new_empty(3, 3, len(grad), len(x))  # every tap sees some of the map
+    taps = x.new_empty(3, 3, len(grad), len(x))  # every tap reads a part of the map
     for i, (out_rows, in_rows) in enumerate(_seen(x.shape[2], dilation)):
         for j, (out_columns, in_columns) in enumerate(_seen(x.shape[3], dilation)):
             behind = grad[:, :, out_rows, out_columns].flatten(1)  # (O, n)

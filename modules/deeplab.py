@@ -20,7 +20,7 @@ def xavier_(module: nn.Module, gain: float | None = None) -> None:
 
     Args:
         module: holds the convs.
-        gain: of the weights; None is that of the leaky ReLU which follows them.
+        gain: of the weights; None: the gain of the leaky ReLU that follows the convs.
     """
     gain = nn.init.calculate_gain("leaky_relu", SLOPE) if gain is None else gain
     for m in module.modules():
@@ -37,7 +37,7 @@ class DeeplabV3(nn.Module):
         in_channels: channels of the body's output.
         out_channels: channels of the result.
         norm: callable (num_features, activation) -> norm module.
-        output_stride: 16 or 8, picks the dilations.
+        output_stride: 16 or 8; a key of `DILATIONS`.
         pooling: window of the pooled branch in evaluation, in cells of the map; None pools over the whole map.
 
     Reference: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017. As in the official

@@ -15,12 +15,12 @@ from modules.deeplab import DeeplabV3
 from modules.norm import ABN
 from modules.residual import ResidualBlock
 
-#: Filters that are rescaled at once: float64 products of a whole conv would be the largest tensors of the program.
+#: Number of filters that are rescaled at a time, which limits the memory of the float64 products.
 FILTERS_AT_ONCE = 32
 
 
 class Activation(nn.Module):
-    """Replaces a norm whose affine map was folded into the conv: the activation alone, in place."""
+    """Replaces a norm whose affine map was folded into the conv: applies the activation in place."""
 
     def __init__(self, activation: str, slope: float) -> None:
         super().__init__()
@@ -33,20 +33,20 @@ class Activation(nn.Module):
 
 
 def fold_frozen(model: nn.Module, in_place: bool = False) -> nn.Module:
-    """A frozen network without norms that computes the same: the affine map of every norm is folded into its conv.
+    """Fold the affine map of every norm of a frozen network into its conv, so that the network computes the same without norms.
 
     In evaluation a norm is x ↦ a·x + b per channel, so conv and norm are one conv with weight a·w and bias b. The two branches of a
     layer of RCIL become one.
 
     Args:
-        model: a network in evaluation mode whose parameters take no gradient. Norms are folded that follow their conv in an
-            `nn.Sequential`, or stand beside it as `proj_conv`, `proj_bn`, or belong to a `DeeplabV3` head; others stay.
+        model: a network in evaluation mode whose parameters take no gradient. A norm is folded if it follows its conv in an
+            `nn.Sequential`, if the two are named `proj_conv` and `proj_bn`, or if it belongs to a `DeeplabV3` head.
         in_place: fold the given network instead of a copy, which saves the memory of a second set of weights.
 
     Returns:
         The folded network, equal up to rounding. Its state dict is no longer the official one: do not save it.
     """
-    assert not model.training, "only the evaluation-mode norm is an affine map"
+    assert not model.training, "a norm is an affine map in evaluation mode only"
     model = model if in_place else copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, TwoBranches):
@@ -71,13 +71,13 @@ def _fold_pair(parent: nn.Module, conv: str, norm: str) -> None:
 
 
 def _fold_head(head: DeeplabV3) -> None:
-    """The head's norms: map_bn spans four concatenated convs, red_bn follows the sum of two."""
+    """Fold the head's norms: map_bn normalises four concatenated convs, red_bn the sum of two."""
     map_convs = [conv for conv in head.map_convs if isinstance(conv, nn.Conv2d)]
     _fold(map_convs, head.map_bn)
     _fold([head.global_pooling_conv], head.global_pooling_bn)
     scale, shift = _affine(head.red_bn)
     _scale_filters(head.red_conv, scale, shift)
-    _scale_filters(head.pool_red_conv, scale, None)  # the shift enters the sum once
+    _scale_filters(head.pool_red_conv, scale, None)  # the sum gets the shift from red_conv
     for name in ("map_bn", "global_pooling_bn", "red_bn"):
         norm = getattr(head, name)
         setattr(head, name, Activation(norm.activation, norm.slope))

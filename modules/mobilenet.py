@@ -1,4 +1,4 @@
-"""A light body: MobileNetV2 with dilated last stages."""
+"""The body MobileNetV2, with dilated last stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 class Group(NamedTuple):
-    """Consecutive blocks of one width, as in table 2 of the paper: t, c, n, s."""
+    """Consecutive blocks with the same number of channels: t, c, n and s in table 2 of the paper."""
 
     expansion: int
     channels: int
@@ -36,7 +36,7 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion (none where it is 1), 3×3 depthwise conv, 1×1 projection without activation; x is added if it fits.
+    """1×1 expansion (none where it is 1), 3×3 depthwise conv, 1×1 projection without activation; the input is added if shapes agree.
 
     Args:
         in_channels: channels of the input.
@@ -47,7 +47,7 @@ class InvertedResidual(nn.Module):
         dilation: dilation of the depthwise conv.
 
     Reference: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, table 1; the leaky
-        ReLU of this program's norms stands in for ReLU6.
+        ReLU of this program's norms replaces ReLU6.
     """
 
     def __init__(
@@ -168,7 +168,9 @@ def torchvision_names() -> dict[str, str]:
         expansions = [group.expansion for group in groups for _ in range(group.blocks)]
         blocks += [(f"mod{i + 2}.block{j}", expansion) for j, expansion in enumerate(expansions, 1)]
     for index, (block, expansion) in enumerate(blocks, 1):
-        last = 2 if expansion == 1 else 3  # number of the projection; the convs before it sit in pairs with their norm
+        last = (
+            2 if expansion == 1 else 3
+        )  # number of the projection; each conv before it is in a Sequential with its norm
         for j in range(1, last):
             names[f"features.{index}.conv.{j - 1}.0"] = f"{block}.convs.conv{j}"
             names[f"features.{index}.conv.{j - 1}.1"] = f"{block}.convs.bn{j}"

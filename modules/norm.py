@@ -266,7 +266,7 @@ class InPlaceABN(ABN):
 
 
 class InPlaceABNSync(InPlaceABN):
-    """`InPlaceABN` with the statistics of all processes of the default group; alone, it is `InPlaceABN`.
+    """`InPlaceABN` with the statistics of all processes of the default group; equal to `InPlaceABN` with one process.
 
     The gradients of weight and bias stay sums over this process's values: DistributedDataParallel averages them.
     """
@@ -293,7 +293,7 @@ NORMS: dict[str, type[ABN]] = {
 
 
 def make_norm(name: str) -> Callable[..., ABN]:
-    """The norm of that name.
+    """Look up a norm.
 
     Args:
         name: a key of `NORMS`.

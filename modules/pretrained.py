@@ -1,4 +1,4 @@
-"""ImageNet weights of the body: the official files, torchvision's, or a file of the user's."""
+"""ImageNet weights of the body: the official files, torchvision's, or a file that the user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual blocks whose norms carry the activation."""
+"""Residual blocks whose norms contain the activation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modules.norm import SLOPE
 
 
 class ResidualBlock(nn.Module):
-    """A basic (two 3×3 convs) or bottleneck (1×1, 3×3, 1×1) block, up to and without its final activation.
+    """A basic (two 3×3 convs) or bottleneck (1×1, 3×3, 1×1) block without its final activation.
 
     Args:
         in_channels: channels of the input.
@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
         stride: stride of the first 3×3 conv.
         dilation: dilation of the 3×3 convs.
 
-    Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the stride sits in the 3×3 conv.
+    Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the 3×3 conv has the stride.
     """
 
     def __init__(
@@ -72,6 +72,6 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for block in self:
             attention = block(x)
-            # The activation of an inner block overwrites the sum, which nothing else reads; distillation reads the last sum.
+            # The activation may overwrite the sum of an inner block, which nothing else reads; distillation reads that of the last block.
             x = F.leaky_relu(attention, SLOPE, inplace=block is not self[-1])
         return x, attention

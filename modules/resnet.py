@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "resnet152": Architecture((3, 8, 36, 3), True),
 }
 
-#: Dilation of each stage by output stride; a stage of dilation 1 halves the map (the first leaves that to the stem).
+#: Dilation of each stage by output stride. A stage of dilation 1 halves the map, except the first, before which the stem does.
 DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 

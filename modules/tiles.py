@@ -1,8 +1,8 @@
-"""Class maps of large images: the network sees them tile by tile, and logits are upsampled band by band.
+"""Class maps of large images: the network computes logits tile by tile, and they are upsampled in bands of rows.
 
-A tile is cut so that its cells lie where those of the whole image would lie, and the small logits of all tiles are joined to those of
+A tile is cut so that its cells lie where those of the whole image would lie, and the small logits of all tiles are joined into those of
 the whole image before they are upsampled. Where a cell sees the same pixels in its tile as in the whole image, the result is the same
-but for rounding. Near a seam it is not quite: a tile is padded where the image would go on.
+but for rounding. Near a seam it differs slightly, because a tile is padded where the whole image has further pixels.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def joined_logits(small_logits: Callable[[Tensor], Tensor], image: Tensor, tilin
 
 
 def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most likely channel of every pixel, without the upsampled logits of the whole image in the memory.
+    """The most likely channel of every pixel; upsampled logits of a band are in memory, not those of the whole image.
 
     Args:
         logits: (C, h, w) in at least float32, C up to 256.

@@ -28,9 +28,9 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 
 def upsampling_mass(small: torch.Size | tuple[int, int], large: torch.Size | tuple[int, int], like: Tensor) -> Tensor:
-    """Sum, over all output positions of a bilinear upsampling, of the coefficient of each input position.
+    """For each input position of a bilinear upsampling, the sum of its coefficients over all output positions.
 
-    It is what a backward pass of the upsampling gives for a map of ones; k² everywhere if H = k·h and W = k·w with a whole number k.
+    It equals the gradient of the sum of the upsampled map, and is k² everywhere if H = k·h and W = k·w with a whole number k.
 
     Args:
         small: h, w.
@@ -45,7 +45,7 @@ def upsampling_mass(small: torch.Size | tuple[int, int], large: torch.Size | tup
 
 
 def upsample_bands(logits: Tensor, size: tuple[int, int], rows: int) -> Iterator[tuple[int, Tensor]]:
-    """The result of `upsample` in bands of rows, for maps that are too large as a whole.
+    """The result of `upsample` in bands of rows, for maps that are too large for the memory.
 
     Args:
         logits: (C, h, w) in float32 or float64.
@@ -53,15 +53,15 @@ def upsample_bands(logits: Tensor, size: tuple[int, int], rows: int) -> Iterator
         rows: greatest height of a band.
 
     Yields:
-        Number of the first row, and (C, rows, W); the same values as of the whole map but for rounding.
+        Number of the first row, and (C, rows, W); equal to those rows of the whole map up to rounding.
     """
     (height, width), dtype = logits.shape[1:], logits.dtype
-    matrix = cpu_kernels.upsampling_matrix.__wrapped__  # of sizes that may not come again: not kept
+    matrix = cpu_kernels.upsampling_matrix.__wrapped__  # not cached, because the sizes of images vary
     down = matrix(height, size[0], dtype).T.to(logits.device)  # (H, h)
     right = matrix(width, size[1], dtype).to(logits.device)  # (w, W)
     for start in range(0, size[0], rows):
         band = down[start : start + rows]
-        used = band.any(dim=0).nonzero()  # the few rows of the map that the band is made of
+        used = band.any(dim=0).nonzero()  # the rows of the map that the band depends on
         first, last = int(used[0]), int(used[-1]) + 1
         wide = logits[:, first:last].contiguous() @ right  # (C, last - first, W)
         yield start, band[:, first:last] @ wide  # (C, rows, W)

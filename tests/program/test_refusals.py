@@ -293,14 +293,14 @@ def test_names_of_weights_are_strict_unless_the_user_says_otherwise(copy, tmp_pa
     assert "extra and 0 more are unexpected" in refusal(capsys, copy, more)
     official(copy, tmp_path / "shape.pth", model_state=weights | {"module.cls.0.bias": torch.ones(3)})
     shape = f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/shape.pth' --strict_weights"
-    assert "cls.0.bias and 0 more are of another shape or kind" in refusal(capsys, copy, shape)
+    assert "cls.0.bias and 0 more are of another shape or type" in refusal(capsys, copy, shape)
     spoilt = weights | {"module.cls.0.bias": torch.full((7,), float("nan"))}
     official(copy, tmp_path / "nan.pth", model_state=spoilt)
     said = refusal(capsys, copy, f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/nan.pth'")
     assert "nan.pth is the checkpoint of a training that diverged: cls.0.bias and 0 more" in said
     official(copy, tmp_path / "kind.pth", model_state=weights | {"module.cls.0.bias": torch.ones(7, dtype=torch.int64)})
     said = refusal(capsys, copy, f"--task 6-2 --step 1 --name o --step_ckpt '{tmp_path}/kind.pth'")
-    assert "cls.0.bias and 0 more are of another shape or kind" in said
+    assert "cls.0.bias and 0 more are of another shape or type" in said
     assert thin.launch(copy, text + " --strict_weights") == 0
     assert thin.launch(copy, more + " --strict_weights --date later") == 0
 
