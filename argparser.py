@@ -94,8 +94,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action.default = argparse.SUPPRESS  # what is left in the namespace then stood on the command line
     words = list(sys.argv[1:] if argv is None else argv)
     given = vars(parser.parse_args(words))
-    if given.get("config"):
-        given = vars(parser.parse_args([*_words_of_file(parser, given["config"]), *words]))
+    for dest in ("config", "preset"):  # the words of the last file stand first, and lose against all others
+        if given.get(dest):
+            words = [*_words_of_file(parser, dest, given[dest]), *words]
+            given = vars(parser.parse_args(words))
     if "task" in given:
         given["task"] = tasks.official_name(given.get("dataset", defaults["dataset"]), given["task"])
     preset, task_specific = _preset(defaults, given)
@@ -115,10 +117,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return opts
 
 
-def _words_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The words that the file of `--config` stands for; its faults are those of the command line."""
+def _words_of_file(parser: argparse.ArgumentParser, dest: str, path: str) -> list[str]:
+    """The words that the file of `--config` or `--preset` stands for; its faults are those of the command line."""
     try:
-        return config.words(config.load(Path(path)), parser, f"--config {path}")
+        options = config.load(Path(path))
+        refused = {"config", "preset"} if dest == "preset" else {"config"}
+        if named := sorted(refused & {name.lstrip("-") for name in options}):
+            raise UserError(f"--{dest} {path}: {named[0]!r} names a further file; give it on the command line")
+        return config.words(options, parser, f"--{dest} {path}")
     except UserError as error:
         parser.error(str(error))
 
@@ -221,6 +227,7 @@ def _program(parser: argparse.ArgumentParser) -> None:
     group = option_group(parser, "program")
     add, switch = group.add_argument, partial(add_switch, group)
     add("--config", default=None, help="YAML or JSON file of options by name; those of the command line win")
+    add("--preset", default=None, help="YAML or JSON file of options, such as scripts/tune.py writes; all others win")
     add("--local_rank", "--local-rank", type=int, default=0, help="set by old launchers; LOCAL_RANK wins over it")
     add("--random_seed", type=int, default=42, help="seed of every random choice")
     add(

@@ -194,7 +194,15 @@ class Plan:
     def _step0(self, name: str, words: Sequence[str], seed: int) -> Job:
         """The step 0 of a row: that of another row where no option that step 0 reads differs."""
         read = vars(self._parse(name, [*words, "--dry_run"]))
-        left_out = argparser.later_options() | {"method", "explicit", "preset_applied", "task_preset", "dry_run"}
+        left_out = argparser.later_options() | {
+            "method",
+            "config",
+            "preset",
+            "explicit",
+            "preset_applied",
+            "task_preset",
+            "dry_run",
+        }
         key = f"{seed} {sorted((dest, str(value)) for dest, value in read.items() if dest not in left_out)}"
         if key not in self.first:
             others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self.first.values())

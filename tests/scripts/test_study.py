@@ -74,6 +74,18 @@ def test_an_option_that_changes_step_0_takes_a_step_0_of_its_own(tmp_path, own, 
     assert after(found) == {"FT": "step0-seed42", "mine": "step0-seed42" if shared else "step0-mine-seed42"}
 
 
+def test_a_row_with_a_preset_file_shares_the_step_0(tmp_path):
+    """Its path is no option that step 0 reads, but what it says may be one."""
+    found = {"found": "tap_schemes: none,none,md,md,md,md\nmcd_factor: 0.5\n", "slow": "lr: [0.5]\n"}
+    for name, text in found.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    rows = {name: {"method": "LSKD", "preset": str(tmp_path / f"{name}.yaml")} for name in found}
+    options = {key: value for key, value in TINY.items() if key != "lr"}
+    planned_rows = planned(tmp_path, options=options, methods={"FT": None} | rows)
+    assert after(planned_rows) == {"FT": "step0-seed42", "found": "step0-seed42", "slow": "step0-slow-seed42"}
+    assert value(planned_rows.jobs[1], "mcd_factor") == 0.5
+
+
 def test_schedules_of_step_0_and_of_later_steps(tmp_path):
     """Several learning rates are those of all steps; a row's own options win over the study's."""
     entries = {

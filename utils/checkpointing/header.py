@@ -14,7 +14,19 @@ from utils.types import TaskLike
 #: Options that do not change the numbers of a run.
 MAY_CHANGE_ON_RESUME = frozenset(
     # places of files, amount of output
-    ("data_root", "task_file", "checkpoint", "results", "logdir", "date", "name", "pretrained", "no_pretrained")
+    (
+        "config",
+        "preset",
+        "data_root",
+        "task_file",
+        "checkpoint",
+        "results",
+        "logdir",
+        "date",
+        "name",
+        "pretrained",
+        "no_pretrained",
+    )
     + ("debug", "no_progress", "print_interval", "sample_num", "pictures", "visualize")
     + ("dry_run", "check_data", "list_methods")
     # start and saving of the run

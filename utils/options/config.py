@@ -109,7 +109,7 @@ def dump(opts: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """
     given: dict[str, Any] = {}
     for action in parser._actions:
-        if action.dest in opts.explicit and action.dest != "config":
+        if action.dest in opts.explicit and action.dest not in ("config", "preset"):
             value = getattr(opts, action.dest)
             if isinstance(value, tuple):
                 value = ",".join(value)  # such as --tap_schemes

@@ -28,7 +28,18 @@ NOT_OF_THE_METHOD = frozenset(
         "step",
         "resume",
     )
-    + ("threads", "num_workers", "no_progress", "device", "local_rank", "sample_num", "pictures", "visualize")
+    + (
+        "config",
+        "preset",
+        "threads",
+        "num_workers",
+        "no_progress",
+        "device",
+        "local_rank",
+        "sample_num",
+        "pictures",
+        "visualize",
+    )
     + ("print_interval", "ckpt_interval", "ckpt_minutes", "val_interval", "trial_batch", "debug", "explicit")
 )
 

@@ -45,6 +45,37 @@ def test_the_command_line_wins(tmp_path):
     assert (opts.lr, opts.epochs) == ([0.25, 0.125], 3)
 
 
+def test_a_preset_loses_against_a_config_and_the_command_line_and_wins_over_the_method(tmp_path):
+    """Its options are those of the run: they are kept in the file that repeats it, and the names of both files are not."""
+    config_file, preset = tmp_path / "options.yaml", tmp_path / "preset.json"
+    preset.write_text(json.dumps({"method": "LSKD", "mcd_factor": 0.5, "mcd_groups": 7, "epochs": 9, "lr": [0.5]}))
+    config_file.write_text(f"epochs: 3\nmcd_groups: 5\npreset: '{preset}'\n")
+    opts = argparser.parse(["--mcd_groups", "4", "--config", str(config_file)])
+    assert (opts.method, opts.mcd_factor, opts.mcd_groups, opts.epochs, opts.lr) == ("LSKD", 0.5, 4, 3, [0.5])
+    assert opts.loss_kd == 10 and opts.rge_alpha == 10  # of the method's preset, which the file does not change
+    again = yaml.safe_load(config.dump(opts, PARSER))
+    assert again == {"aaaaaa": 0.5, "mmm": 4, "epochs": 3, "lr": [0.5], "method": "LSKD"}
+    assert argparser.parse(["--preset", str(preset), "--method", "PLOP"]).method == "PLOP"
+
+
+def test_a_fault_of_a_preset_is_said_with_its_place(tmp_path, capsys):
+    path = tmp_path / "preset.yaml"
+    faults = {
+        "batch_sise: 3": "did you mean 'batch_size'?",
+        "config: x": "'config' names a further file",
+        "- a": "no mapping",
+    }
+    for text, said in faults.items():
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            argparser.parse(["--preset", str(path)])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and said in line and str(path) in line
+    with pytest.raises(SystemExit):
+        argparser.parse(["--preset", str(tmp_path / "none.yaml")])
+    assert "is not a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

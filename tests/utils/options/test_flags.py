@@ -89,5 +89,5 @@ def test_no_option_of_ours_is_ignored(actions):
     official = {flags.dest(flag) for flag in flags.FLAGS}
     ours = {action.dest for action in actions.values()} - official - {"help"}
     composed = {"shapes_train", "shapes_val"}  # read as f"shapes_{split}"
-    by_the_parser = {"config"}
+    by_the_parser = {"config", "preset"}
     assert not ours - options_read_by_the_program() - composed - by_the_parser
