@@ -10,7 +10,7 @@ import pytest
 
 import argparser
 import methods
-from scripts import predict, study
+from scripts import make_subset, predict, study
 from scripts.benchmark import __main__ as benchmark
 from tests.stress import fault_injection
 from tests.support.paths import ROOT
@@ -124,6 +124,7 @@ PARSERS = {
     "scripts/study.py": lambda words: argparser.parse(study.parse(words).words),
     "scripts/benchmark": benchmark.parse,
     "scripts/predict.py": predict.parse,
+    "scripts/make_subset.py": make_subset.parse,
     "tests/stress/fault_injection.py": fault_injection.parse,
 }
 
