@@ -385,3 +385,11 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     switch("--cross_val", help="hold out a fifth of the training images for validation")
     switch("--ignore_test_bg", help="do not count background pixels in tests")
     switch("--dont_predict_bg", help="never predict the background in evaluation")
+    add(
+        "--scales",
+        type=float,
+        default=None,
+        nargs="+",
+        help="the test of a step sums the class probabilities of its images at these scales, such as 0.75 1 1.25; none: 1 alone",
+    )
+    switch("--flip", help="the test of a step also sees each image mirrored")

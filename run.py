@@ -424,7 +424,7 @@ class StepRun:
         task = self.task
         weights = checkpoint_files.digest(trainer.network.state_dict())  # those of the checkpoint
         trainer.method.begin_test(trainer.network)
-        scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num)
+        scores = trainer.evaluate(data.test_loader, keep=self.opts.sample_num, views=trainer.test_views)
         if scores is None:
             raise Stopped(trainer.stop_agreed)
         scores |= {"Weights": weights, "Origin": origin}

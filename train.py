@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from dataset.tasks import Task
 from methods.base import Method
 from methods.phase import PhaseRun
 from metrics.stream_metrics import StreamSegMetrics
+from modules.inference import PLAIN, View, make_views, most_likely
 from segmentation_module import SegmentationModel
 from utils import scheduler
 from utils.checkpointing import structure
@@ -55,6 +56,7 @@ class Trainer:
     Attributes:
         epoch, iteration: position of the next iteration of the main training; `iteration` counts within the epoch.
         history: an entry an epoch, of phases too.
+        test_views: how the test of the step sees its images.
         stop_agreed: signal that all processes agreed to stop on, or 0.
     """
 
@@ -72,6 +74,7 @@ class Trainer:
         self.stop_agreed = 0
         self.meters = Meters()
         self.divergence = DivergenceWatch()
+        self.test_views = make_views(opts.scales, opts.flip)
         self.history: list[dict[str, Any]] = []
         if opts.fix_bn:
             model.fix_bn()
@@ -326,13 +329,16 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, loader: EvaluationBatches, title: str = "test", keep: int = 0) -> dict[str, Any] | None:
+    def evaluate(
+        self, loader: EvaluationBatches, title: str = "test", keep: int = 0, views: Sequence[View] = PLAIN
+    ) -> dict[str, Any] | None:
         """Scores of the student over a loader; every image counts once, whatever the number of processes.
 
         Args:
             loader: yields (images, labels); each process holds its own part of the images.
             title: text before the progress bar.
             keep: number of (image, label, prediction) triples to return under "samples", on the main process.
+            views: how the network sees each image.
 
         Returns:
             The scores of `StreamSegMetrics.get_results`, with the (C, C) "Confusion Matrix"; None if a stop was asked for.
@@ -347,7 +353,7 @@ class Trainer:
         for images, labels in self.log.bar(loader, title, len(loader)):
             if self.context.stop.signum:
                 break
-            predictions = self.predict(images)
+            predictions = self.predict(images, views)
             metrics.update(labels.to(self.device, non_blocking=True), predictions)
             if len(samples) < keep:
                 samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
@@ -359,24 +365,14 @@ class Trainer:
         return metrics.get_results() | {"Confusion Matrix": metrics.confusion_matrix.cpu(), "samples": samples}
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Most likely class of every pixel.
-
-        Args:
-            images: (B, 3, H, W) normalised.
-
-        Returns:
-            (B, H, W) int64.
-        """
+    def predict(self, images: Tensor, views: Sequence[View] = PLAIN) -> Tensor:
+        """(B, 3, H, W) normalised → the most likely class of every pixel, (B, H, W) int64; `views` as for `evaluate`."""
         images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
         with self.precision.autocast():
-            logits = self.network(images).logits
-        if self.opts.dont_predict_bg:
-            logits[:, 0] = -math.inf
-        return logits.argmax(dim=1)
+            return most_likely(self.network, images, views, background=not self.opts.dont_predict_bg)
 
     def predict_each(self, images: Iterable[Tensor]) -> list[Tensor]:
-        """Most likely class of every pixel of single images, in evaluation mode; may be called on one process alone.
+        """Most likely class of every pixel of single images, as in the test of a step; may be called on one process alone.
 
         Args:
             images: (3, H, W) normalised, of any sizes.
@@ -386,7 +382,7 @@ class Trainer:
         """
         was_training = self.network.training
         self.network.eval()
-        predictions = [self.predict(image[None])[0].cpu() for image in images]
+        predictions = [self.predict(image[None], self.test_views)[0].cpu() for image in images]
         self.network.train(was_training)
         return predictions
 

@@ -1,4 +1,4 @@
-"""Class maps of large images: the network computes logits tile by tile, and they are upsampled in bands of rows.
+"""Logits of large images: the network sees them tile by tile, or in windows that slide over them.
 
 A tile is cut so that its cells lie where those of the whole image would lie, and the small logits of all tiles are joined into those of
 the whole image before they are upsampled. Where a cell sees the same pixels in its tile as in the whole image, the result is the same
@@ -13,11 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from modules.upsample import upsample_bands
-
-#: Values of logits that are upsampled at a time, 64 MB in float32.
-_BAND = 1 << 24
 
 
 class Tiling(NamedTuple):
@@ -91,18 +86,52 @@ def joined_logits(small_logits: Callable[[Tensor], Tensor], image: Tensor, tilin
     return joined
 
 
-def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most likely channel of every pixel; upsampled logits of a band are in memory, not those of the whole image.
+class Windows(NamedTuple):
+    """Windows of one size at equal distances.
+
+    Attributes:
+        side: of a window in pixels.
+        step: pixels from one window to the next, at most `side`.
+        stride: pixels a cell of the small logits; `side` and `step` are rounded down to multiples of it.
+    """
+
+    side: int
+    step: int
+    stride: int
+
+
+def averaged_logits(small_logits: Callable[[Tensor], Tensor], image: Tensor, windows: Windows) -> Tensor:
+    """Small logits of an image: the mean of those of the windows that see a cell.
 
     Args:
-        logits: (C, h, w) in at least float32, C up to 256.
-        size: H, W.
+        small_logits, image: as for `joined_logits`.
+        windows: the last window of a row or column ends at the border of the image.
 
     Returns:
-        (H, W) uint8 on the CPU.
+        (C, ceil(H/stride), ceil(W/stride)).
+
+    Reference: `EncoderDecoder.slide_inference` of mmsegmentation, which averages the logits after they are upsampled.
     """
-    classes = torch.empty(size, dtype=torch.uint8)
-    rows = max(1, _BAND // (len(logits) * size[1]))
-    for start, band in upsample_bands(logits, size, rows):
-        classes[start : start + band.shape[1]] = band.argmax(dim=0).to(torch.uint8).cpu()
-    return classes
+    stride = windows.stride
+    side, step = (max(1, length // stride) for length in (windows.side, windows.step))
+    height, width = (-(-length // stride) for length in image.shape[1:])
+    count = torch.zeros(height, width, device=image.device)
+    total = None
+    for top in _starts(height, side, step):
+        for left in _starts(width, side, step):
+            rows, columns = slice(top, top + side), slice(left, left + side)
+            logits = small_logits(
+                image[:, top * stride : (top + side) * stride, left * stride : (left + side) * stride]
+            )
+            if total is None:
+                total, count = logits.new_zeros(len(logits), height, width), count.to(logits)
+            total[:, rows, columns] += logits
+            count[rows, columns] += 1
+    assert total is not None
+    return total / count
+
+
+def _starts(cells: int, side: int, step: int) -> list[int]:
+    """First cells of the windows along an axis."""
+    count = 1 + max(0, -(-(cells - side) // step))
+    return [min(number * step, max(0, cells - side)) for number in range(count)]

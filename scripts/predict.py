@@ -30,7 +30,8 @@ from dataset import pictures  # noqa: E402
 from dataset.files import read_picture  # noqa: E402
 from dataset.tasks import Task  # noqa: E402
 from dataset.transform import normalise  # noqa: E402
-from modules.tiles import Tiling, class_map, joined_logits  # noqa: E402
+from modules.inference import class_map  # noqa: E402
+from modules.tiles import Tiling, joined_logits  # noqa: E402
 from segmentation_module import SegmentationModel  # noqa: E402
 from utils.checkpointing.store import read  # noqa: E402
 from utils.errors import UserError  # noqa: E402
@@ -72,9 +73,8 @@ class Predictor:
         """
         image = torch.from_numpy(picture).permute(2, 0, 1)  # H×W×3 → 3×H×W
         logits = joined_logits(self._small_logits, image, self.tiling)
-        if self.opts.dont_predict_bg:
-            logits[0] = torch.finfo(logits.dtype).min
-        positions = class_map(logits, (image.shape[1], image.shape[2])).numpy()
+        size = (image.shape[1], image.shape[2])
+        positions = class_map([logits], size, background=not self.opts.dont_predict_bg).numpy()
         return np.array(self.task.label_ids, dtype=np.uint8)[positions]
 
     def _small_logits(self, tile: Tensor) -> Tensor:

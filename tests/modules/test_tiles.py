@@ -1,4 +1,4 @@
-"""Tiles: how an axis is cut, and the equality with the whole image."""
+"""Tiles: how an axis is cut, and the equality with the whole image; windows that slide over it."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modules.tiles import Tiling, class_map, joined_logits, spans
+from modules.tiles import Tiling, Windows, averaged_logits, joined_logits, spans
 from modules.upsample import upsample, upsample_bands
 
 
@@ -79,9 +79,20 @@ def test_bands_are_rows_of_the_whole_map(dtype, rows):
     torch.testing.assert_close(torch.cat([band for _, band in bands], dim=1), whole)
 
 
-def test_class_map_is_the_arg_max(monkeypatch):
-    monkeypatch.setattr("modules.tiles._BAND", 5 * 207 * 10)  # bands of ten rows
-    logits = torch.randn(5, 9, 13, dtype=torch.float64)
-    classes = class_map(logits, (131, 207))
-    assert classes.dtype == torch.uint8
-    assert torch.equal(classes.long(), upsample(logits[None], (131, 207))[0].argmax(dim=0))
+@pytest.mark.parametrize("size", [(90, 131), (40, 300), (20, 20)])
+@torch.no_grad()
+def test_logits_of_windows_are_averaged(size):
+    """Every cell by hand: the mean over the windows that see it, the last one at the border."""
+    image, network = torch.randint(0, 256, (3, *size), dtype=torch.uint8), Convs()
+    found = averaged_logits(network, image, Windows(side=66, step=34, stride=4))  # 16 cells, every 8
+    cells = [-(-length // 4) for length in size]
+    places = [sorted({min(8 * n, max(0, length - 16)) for n in range(length)}) for length in cells]
+    total, count = torch.zeros(5, *cells), torch.zeros(cells)
+    for top in places[0]:
+        for left in places[1]:
+            part = network(image[:, 4 * top : 4 * top + 64, 4 * left : 4 * left + 64])
+            total[:, top : top + 16, left : left + 16] += part
+            count[top : top + 16, left : left + 16] += 1
+    torch.testing.assert_close(found, total / count)
+    assert count.min() >= 1 and (count.max() > 1) == (max(size) > 64)
+    assert torch.allclose(found, network(image)) == (max(size) <= 64)

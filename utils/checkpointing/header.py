@@ -32,6 +32,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     # start and saving of the run
     + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
+    # how the images of the test are seen, which its results say
+    + ("scales", "flip")
     # only its value for this step matters, which is stored under another name
     + ("lr",)
 )

@@ -29,7 +29,7 @@ SHARED = Rules(
         "step": (0, 10**4), "epochs": (1, 10**6), "lr_decay_step": (1, LARGE), "skip_nonfinite": (0, LARGE),
         "ckpt_interval": (1, LARGE), "print_interval": (1, LARGE), "val_interval": (1, LARGE),
         "sample_num": (0, 10**5), "pictures": (0, 100), "pooling": (1, 2**12), "ckpt_minutes": (0, LARGE), "lr_old": (0, LARGE),
-        "weight_decay": (0, LARGE), "lr_power": (0, LARGE),
+        "weight_decay": (0, LARGE), "lr_power": (0, LARGE), "scales": (0.1, 10),
     },
     positive={"lr": LARGE, "lr_decay_factor": LARGE},
     exclusive=[

@@ -45,6 +45,8 @@ EVALUATION_OPTIONS = (
     ),
     *("dont_predict_bg", "pooling", "opt_level", "amp_dtype"),
 )
+#: Further ones, which are recorded only where they are set: the results of earlier versions do not have them.
+VIEW_OPTIONS = ("scales", "flip")
 
 
 def csv_path(opts: Namespace, task: TaskLike) -> Path:
@@ -268,7 +270,11 @@ def _summarise(document: dict[str, Any], num_base: int) -> None:
 
 def _evaluation(opts: Namespace) -> dict[str, Any]:
     """The options on which the scores of given weights depend."""
-    return {dest: value for dest, value in plain_options(opts).items() if dest in EVALUATION_OPTIONS}
+    return {
+        dest: value
+        for dest, value in plain_options(opts).items()
+        if dest in EVALUATION_OPTIONS or (dest in VIEW_OPTIONS and value)
+    }
 
 
 def _entry(
