@@ -5,7 +5,8 @@ fusion     after the last epoch of a step t ≥ 1:  θ ← (1 − α)·θ_{t−1
 
 θ_{t−1} is the checkpoint of step t−1. Every entry of it is fused: weights, norms with their running statistics, and the earlier
 classifiers; the newest classifier has no counterpart and stays as trained. The fused weights are the step's checkpoint: they are
-tested, start the next student and are the next teacher and the next endpoint. The optimiser's state stays that of the training.
+tested, start the next student and are the next teacher and the next endpoint. The optimiser's state stays that of the training. Phases
+of other parts after the training, and what they measure at the end of a step, see the fused network.
 
 Reference: Xiao et al., "Endpoints Weight Fusion for Class Incremental Semantic Segmentation", CVPR 2023.
 """
@@ -19,11 +20,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method, Part, Previous, Rules
 from methods.lskd import LSKD
 from methods.mib import MiB
+from methods.phase import Phase
 from methods.plop import PLOP
 from segmentation_module import SegmentationModel
 from utils.options.groups import add_switch, option_group
@@ -86,6 +87,32 @@ class FrozenClassifiers(Part):
         return list(model.cls)[:-1]
 
 
+class Fusion(Phase):
+    """The fusion, a phase without an epoch: it comes after the training and before what other parts do with the trained network.
+
+    Args:
+        opts, task: as for `Phase`.
+        part: which fuses.
+    """
+
+    name = "fusion"
+    when = "after"
+    training_mode = False
+    epochs = 0
+
+    def __init__(self, opts: Namespace, task: Task, part: WeightFusion):
+        super().__init__(opts, task)
+        self.part = part
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Nothing is trained."""
+        return []
+
+    def end(self) -> None:
+        """Fuse; the same on every process."""
+        self.part.fuse(self.model)
+
+
 class WeightFusion(Part):
     """Fuse the trained network with that of step t−1 (--weight_fusion, and --ewf, which also freezes the earlier classifiers).
 
@@ -121,9 +148,13 @@ class WeightFusion(Part):
         """Keep the checkpoint of step t−1; it is in memory for the teacher in any case."""
         self.before = previous.weights
 
+    def phases(self) -> list[Phase]:
+        """The fusion."""
+        return [Fusion(self.opts, self.task, self)]
+
     @torch.no_grad()
-    def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
-        """Fuse; the same on every process."""
+    def fuse(self, model: nn.Module) -> None:
+        """Replace the weights and statistics of a trained network by their mean with those of step t−1."""
         after = model.state_dict()
         before = {name: value for name, value in self.before.items() if name in after}
         for name, value in fused(before, after, self.factor, self.opts.threshold_choice).items():

@@ -22,6 +22,11 @@ from segmentation_module import SegmentationModel
 from utils.options.groups import add_switch, option_group
 
 
+def starts_otherwise(opts: Namespace) -> bool:
+    """Whether new classifiers start neither from the background nor as it is: by AWT, by NeST, or from PyTorch's own values."""
+    return bool(opts.init_awt or opts.att or opts.no_att or opts.nest or opts.warm_up)
+
+
 class BalancedInitialisation(Part):
     """Initialise new classifiers from the background and divide its probability among them (--init_balanced).
 
@@ -39,8 +44,7 @@ class BalancedInitialisation(Part):
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """From step 1 on, with --init_balanced, unless new classifiers start in another way (AWT, NeST); domains add no class."""
-        otherwise = opts.init_awt or opts.att or opts.no_att or opts.nest or opts.warm_up
-        return opts.init_balanced and not otherwise and task.step > 0 and not task.domain
+        return opts.init_balanced and not starts_otherwise(opts) and task.step > 0 and not task.domain
 
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device

@@ -59,7 +59,7 @@ class Phase:
 
     @property
     def epochs(self) -> int:
-        """Number of passes over the training set."""
+        """Number of passes over the training set; with 0 a phase only begins and ends."""
         raise NotImplementedError(f"{type(self).__name__} does not say how many epochs it has")
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
@@ -162,7 +162,7 @@ class PhaseRun:
                 phase.begin(Interruptible(batches, self.context.stop))
                 self.context.stop.raise_together()
                 self.begun = True
-            if self.optimizer is None:
+            if self.optimizer is None and self.epoch < phase.epochs:
                 self.optimizer = phase.make_optimizer()
             while self.epoch < phase.epochs:
                 self._run_epoch(batches, save, offset)

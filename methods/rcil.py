@@ -30,7 +30,7 @@ from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
 from methods.base import Method, Part, Previous, Rules
 from methods.ft import class_growth
-from methods.mib import MiB
+from methods.mib import MiB, starts_otherwise
 from modules.compensation import DoubledConvs, DoubledHead, TwoBranches, shares
 from modules.norm import ABN, make_norm
 from modules.residual import ResidualBlock
@@ -146,21 +146,26 @@ class RepresentationCompensation(Part):
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
     ) -> None:
-        """Start the new classifier, then merge the branches.
+        """Start the new classifier, unless AWT or NeST does, then merge the branches.
 
         The release copies the background's weights and leaves all biases alone. In a domain-incremental task, whose one classifier is
         the newest at every step, that makes all its rows equal to row 0; mended, such a classifier goes on from where it was.
         """
         if self.task.step == 0:
             return
+        self._start(model)
+        for layer in self.layers.values():
+            layer.merge()
+        self.merged = True
+
+    def _start(self, model: SegmentationModel) -> None:
+        if starts_otherwise(self.opts):
+            return
         if self.opts.rcil_init == "released":
             new = model.cls[-1]
             new.weight.copy_(model.cls[0].weight[:1].clone().expand_as(new.weight))
         elif not self.task.domain:
             model.cls.init_balanced()
-        for layer in self.layers.values():
-            layer.merge()
-        self.merged = True
 
     def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
         """From step 1 on, the old branch."""

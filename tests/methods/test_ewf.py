@@ -129,7 +129,7 @@ def test_three_steps_with_other_methods(words, tmp_path):
     assert all(value.isfinite().all() for value in read(checkpoint(tmp_path, "n_2"))["model_state"].values())
 
 
-@pytest.mark.parametrize("targets", [interrupted.ITERATIONS, ((ewf.WeightFusion, "end_step"),)])
+@pytest.mark.parametrize("targets", [interrupted.ITERATIONS, ((ewf.WeightFusion, "fuse"),)])
 def test_a_resume_continues_to_the_bit(targets, tmp_path):
     """Killed in the middle of the training, and after it before the fusion."""
     at = 1 if targets is interrupted.ITERATIONS else 0

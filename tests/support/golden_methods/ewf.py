@@ -10,7 +10,6 @@ from torch import Tensor
 
 import argparser
 import methods
-from dataset.sampler import FixedBatches
 from dataset.tasks import Task
 from methods.base import Previous
 from methods.ewf import WeightFusion
@@ -32,7 +31,9 @@ def ewf_fusion(arrays: dict[str, Tensor], meta: dict) -> dict[str, Tensor]:
     )
     model = Namespace(state_dict=lambda: after)
     part.attach(model, None, Previous(weights=before))
-    part.end_step(model, FixedBatches([]), CPU)
+    (phase,) = part.phases()
+    phase.attach(model, None, CPU)
+    phase.end()
     factor = torch.tensor(part.factor, dtype=torch.float64)
     return {"out_factor": factor} | {f"out_{name}": value for name, value in after.items()}
 
@@ -44,7 +45,8 @@ class EwfTrace(Trace):
         """Outputs before and after the fusion."""
         super().after_training()
         (part,) = (part for part in self.method.parts if isinstance(part, WeightFusion))
-        self.method.end_step(self.trainer.network, self.loader, CPU)
+        (fusion,) = self.trainer.phase_runs
+        fusion.run(self.loader, lambda: None, 0)
         self.out["out_probe_logits_fused"] = self.probe_logits()
         self.out["out_factor"] = np.array(part.factor)
         self.out["out_fused_cls_0_bias"] = self.model.cls[0].bias.detach().numpy()
