@@ -383,6 +383,9 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     )
     switch("--val_on_trainset", help="test on the training images")
     switch("--cross_val", help="hold out a fifth of the training images for validation")
+    sure = "validate old classes too: a background pixel is of the class of which the teacher is so sure (0 to 1), or ignored"
+    add("--val_by_teacher", type=float, default=None, help=sure)
+    switch("--no_test", help="train without a test: no test image is read, and no results are written")
     switch("--ignore_test_bg", help="do not count background pixels in tests")
     switch("--dont_predict_bg", help="never predict the background in evaluation")
     add(

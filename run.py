@@ -34,6 +34,7 @@ from dataset.kept_pictures import keep_pictures
 from dataset.sampler import Interruptible
 from dataset.step_data import StepData, check_step, require_later_steps
 from dataset.tasks import Task
+from dataset.teacher_labels import TeacherLabelled
 from dataset.transform import denormalise
 from methods.dry_run import dry_run
 from segmentation_module import SegmentationModel
@@ -191,13 +192,12 @@ class StepRun:
         try:
             plan: Plan = distributed.on_main(self._plan)
             if plan.finished:
-                self.log.info(
-                    f"step {self.task.step} of {self.task.name} is finished: {self.store.finished(self.task.step)}"
-                )
+                finished = self.store.finished(self.task.step)
+                self.log.info(f"step {self.task.step} of {self.task.name} is finished: {finished}")
                 return
             # The main process scans the files first; the others then read its cache.
             distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
-            if not plan.test_only and self.task.step == self.opts.step[0] > 0:
+            if not (plan.test_only or self.opts.no_test) and self.task.step == self.opts.step[0] > 0:
                 self._record_previous()
             if plan.test_only:
                 self._test_checkpoint()
@@ -226,7 +226,7 @@ class StepRun:
         state = self.store.check_finished()
         self._continue_date(state)
         recorded = results.recorded(self.opts, self.task, state["model_state"])
-        return Plan(finished=recorded, test_only=True)
+        return Plan(finished=recorded or self.opts.no_test, test_only=True)
 
     def _record_previous(self) -> None:
         """Record the scores of the steps before the first step of this run, which the average over steps needs."""
@@ -286,6 +286,9 @@ class StepRun:
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.opts.channels_last else model
 
+    def _teacher(self, method: methods.Method, previous: dict[str, Any]) -> torch.nn.Module:
+        return self._placed(segmentation_module.build_teacher(self.opts, self.task, previous, method.wrap_model))
+
     def _train_and_test(self, resumed: bool) -> None:
         method = methods.build(self.opts, self.task)
         prepared = distributed.run_on_all(lambda: self._prepare(method, resumed))
@@ -300,7 +303,8 @@ class StepRun:
                 self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
             )
             self._train(trainer, data, previous, unfinished)
-            self._test(trainer, data, trainer.total_iterations, trainer.history, self.origin)
+            if not self.opts.no_test:
+                self._test(trainer, data, trainer.total_iterations, trainer.history, self.origin)
         finally:
             data.batches.close()
 
@@ -313,15 +317,18 @@ class StepRun:
             previous = self.store.load_previous()
             self._continue_date(previous)
             if method.uses_teacher:
-                teacher = self._placed(segmentation_module.build_teacher(opts, task, previous, method.wrap_model))
+                teacher = self._teacher(method, previous)
         unfinished = self.store.load_unfinished() if resumed else None
         if self.store.damage:
             self.log.info(f"note: {self.store.damage}; going on from the state before it")
         fresh = task.step == 0 and opts.ckpt is None and unfinished is None
-        model = segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model)
-        model = self._placed(model)
+        model = self._placed(segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model))
         method.attach(model, teacher, previous)
         data = StepData(opts, task, self.device, method.replay)
+        if opts.val_by_teacher is not None and task.step > 0:
+            with torch.random.fork_rng():  # a network that is built for the validation does not change the training
+                judge = teacher or self._teacher(method, previous)
+            data.val_loader = TeacherLabelled(data.val_loader, judge, opts.val_by_teacher)
         return Prepared(model, teacher, previous, unfinished, data)
 
     # ---------------------------------------------------------------- training
@@ -434,14 +441,8 @@ class StepRun:
             for name, picture in visualize.pictures_of_test(scores, data.class_names, denormalise).items():
                 self.log.image(name, picture, iterations)
         distributed.on_main(lambda: keep_pictures(self.opts, task, trainer.predict_each, self.log, iterations))
-        distributed.on_main(self._keep_options)
-
-    def _keep_options(self) -> None:
-        """Write the options of this run beside its results, as a file for `--config`."""
-        try:
-            config.write(results.csv_path(self.opts, self.task), self.opts, argparser.build_parser())
-        except OSError as error:  # the scores are recorded; this file is no reason to end a run
-            self.log.info(f"note: the options of this run are not kept in a file: {error}")
+        path, parser = results.csv_path(self.opts, task), argparser.build_parser()
+        distributed.on_main(lambda: config.keep(path, self.opts, parser, self.log.info))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dataset.tasks import Task
 from methods.base import Method
 from methods.phase import PhaseRun
 from metrics.stream_metrics import StreamSegMetrics
+from metrics.summary import of_old_and_new
 from modules.inference import PLAIN, View, make_views, most_likely
 from segmentation_module import SegmentationModel
 from utils import scheduler
@@ -320,11 +321,11 @@ class Trainer:
         self.best_score = max(self.best_score, scores["Mean IoU"])  # a fraction, as in the official checkpoints
         miou, accuracy = 100 * scores["Mean IoU"], 100 * scores["Overall Acc"]
         self.history[-1]["validation_miou"] = miou
-        self.log.scalars(
-            {"val/mIoU_training_labels": miou, "val/accuracy_training_labels": accuracy}, self.total_iterations
-        )
+        values = {"val/mIoU_training_labels": miou, "val/accuracy_training_labels": accuracy}
+        self.log.scalars(values, self.total_iterations)
+        parts = of_old_and_new(scores["Class IoU"], self.task.num_old) if self.opts.val_by_teacher is not None else ""
         self.log.info(
-            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {miou:.2f} % "
+            f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {miou:.2f} %{parts} "
             f"({dataset.labels_of_validation(self.opts, self.task)})"
         )
 

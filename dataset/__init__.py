@@ -97,11 +97,11 @@ def build(opts: Namespace, task: Task) -> Splits:
     test: the validation images (`val_on_trainset`: training images) that show a class seen so far. All classes seen so far
     are labelled.
     With `test_on_val` the images of each set are shuffled by a fixed seed; the first 80 % of training images and the last
-    20 % of validation images are used.
+    20 % of validation images are used. With `no_test` the test set is empty, and with `cross_val` too, the validation split is not read.
 
     Args:
         opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
-            test_on_val, disable_background, ignore_test_bg, random_seed; for the embedded data set shapes_train and shapes_val,
+            test_on_val, no_test, disable_background, ignore_test_bg, random_seed; for the embedded data set shapes_train and shapes_val,
             numbers of scenes.
         task: the step.
 
@@ -112,7 +112,9 @@ def build(opts: Namespace, task: Task) -> Splits:
     Raises:
         UserError: no image belongs to one of the three, or a file of the data set cannot be used.
     """
-    train_source, val_source = _source(opts, train=True), _source(opts, train=False)
+    train_source = _source(opts, train=True)
+    unread = opts.no_test and opts.cross_val
+    val_source = train_source if unread else _source(opts, train=False)
     learning = task.label_table(_masking(opts), ignore_background=opts.disable_background)
     evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
 
@@ -130,7 +132,7 @@ def build(opts: Namespace, task: Task) -> Splits:
     train = _labelled(train_source, indices, learning, TrainTransform(opts.crop_size), opts.random_seed, task.step)
     test_source = train_source if opts.val_on_trainset else val_source
     testing = task.label_table("test", ignore_background=opts.ignore_test_bg)
-    test_indices = chosen(opts.val_on_trainset, task.seen)
+    test_indices = np.zeros(0, np.int64) if opts.no_test else chosen(opts.val_on_trainset, task.seen)
     return Splits(train, val, _labelled(test_source, test_indices, testing, evaluate))
 
 
@@ -179,12 +181,14 @@ def labels_of_validation(opts: Namespace, task: Task) -> str:
     """Which labels the validation of a step counts, as text for the log.
 
     Args:
-        opts: data_masking, no_mask, disable_background.
+        opts: data_masking, no_mask, disable_background, val_by_teacher.
         task: the step.
     """
     masking = _masking(opts)
     if task.domain or masking == "current+old":
         return _ALL_LABELS
+    if opts.val_by_teacher is not None and task.step > 0:
+        return f"labels of step {task.step}, old classes where the teacher is at least {opts.val_by_teacher:.10g} sure"
     ignored = masking == "new" or opts.disable_background
     return f"labels of step {task.step} alone, all other pixels {'ignored' if ignored else 'background'}"
 

@@ -13,7 +13,7 @@ import torch
 
 import dataset
 from dataset.base import JoinedSet, SegmentationSet
-from dataset.sampler import EpochSampler, LoadedBatches, Loader, PartSampler
+from dataset.sampler import EpochSampler, EvaluationBatches, LoadedBatches, Loader, PartSampler
 from dataset.tasks import Task
 from utils.checkpointing.store import Store
 from utils.errors import UserError
@@ -88,6 +88,8 @@ class StepData:
         self.batches = LoadedBatches(train, sampler, opts, pin)
         # Full images differ in size and cannot share a batch.
         per_batch = opts.batch_size if opts.crop_val else 1
+        self.val_loader: EvaluationBatches
+        self.test_loader: EvaluationBatches
         self.val_loader, self.test_loader = (
             Loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
             for split in (splits.val, splits.test)

@@ -50,6 +50,21 @@ def summarise(class_iou: Mapping[int, Sequence[float | None]], num_base: int) ->
     }
 
 
+def of_old_and_new(class_iou: Mapping[int, float | None], num_old: int) -> str:
+    """The mean IoU of old and of new classes in percent, for the log of a validation that counts both.
+
+    Args:
+        class_iou: by position in the order of learning, fractions; None for a class that does not occur.
+        num_old: number of classes known before the step, background included.
+
+    Returns:
+        A text such as ", old 61.50, new 40.25", which follows the mean of all; "-" stands for a part of which no class occurs.
+    """
+    parts = {"old": range(num_old), "new": range(num_old, len(class_iou))}
+    means = {name: mean(class_iou[place] for place in places) for name, places in parts.items()}
+    return "".join(f", {name} {'-' if value is None else f'{100 * value:.2f}'}" for name, value in means.items())
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]

@@ -105,6 +105,22 @@ def measure_pixels(teacher_logits: Tensor, measure: str, num_total: int) -> tupl
     return value / max_value(measure, num_total), predicted
 
 
+def teacher_labels(labels: Tensor, teacher_logits: Tensor, least: float) -> Tensor:
+    """Labels of a validation that counts old classes too (`--val_by_teacher`).
+
+    Args:
+        labels: (B, H, W) of the step, background 0.
+        teacher_logits: (B, C_old, H, W).
+        least: probability from which a prediction counts as the truth.
+
+    Returns:
+        (B, H, W) int64. A pixel of another label than background keeps it. A background pixel gets the class that the teacher
+        predicts, background or an old class, where its probability is at least `least`, and is `IGNORE` elsewhere.
+    """
+    probability, predicted = measure_pixels(teacher_logits, "probability", teacher_logits.shape[1])
+    return torch.where(labels == 0, torch.where(probability >= least, predicted, IGNORE), labels.long())
+
+
 def released_median(counts: Tensor) -> Tensor:
     """The median of each row of a histogram over [0, 1], as the official program reads it.
 

@@ -45,7 +45,7 @@ def options(root, **changed):
         "dataset": "folder", "data_root": str(root), "task": None, "task_file": str(root / "task.json"),
         "crop_size": 16, "crop_val": True, "overlap": True, "data_masking": "current", "no_mask": False,
         "cross_val": False, "val_on_trainset": False, "test_on_val": False, "disable_background": False,
-        "ignore_test_bg": False, "random_seed": 42,
+        "ignore_test_bg": False, "no_test": False, "random_seed": 42,
     }  # fmt: skip
     return Namespace(**{**values, **changed})
 

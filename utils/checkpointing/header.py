@@ -30,7 +30,18 @@ MAY_CHANGE_ON_RESUME = frozenset(
     + ("debug", "no_progress", "print_interval", "sample_num", "pictures", "visualize")
     + ("dry_run", "check_data", "list_methods")
     # start and saving of the run
-    + ("resume", "step", "test", "trial_batch", "local_rank", "device", "threads", "num_workers", "code_directory")
+    + (
+        "resume",
+        "step",
+        "test",
+        "no_test",
+        "trial_batch",
+        "local_rank",
+        "device",
+        "threads",
+        "num_workers",
+        "code_directory",
+    )
     + ("ckpt_interval", "ckpt_minutes", "skip_nonfinite")
     # how the images of the test are seen, which its results say
     + ("scales", "flip")

@@ -29,7 +29,7 @@ SHARED = Rules(
         "step": (0, 10**4), "epochs": (1, 10**6), "lr_decay_step": (1, LARGE), "skip_nonfinite": (0, LARGE),
         "ckpt_interval": (1, LARGE), "print_interval": (1, LARGE), "val_interval": (1, LARGE),
         "sample_num": (0, 10**5), "pictures": (0, 100), "pooling": (1, 2**12), "ckpt_minutes": (0, LARGE), "lr_old": (0, LARGE),
-        "weight_decay": (0, LARGE), "lr_power": (0, LARGE), "scales": (0.1, 10),
+        "weight_decay": (0, LARGE), "lr_power": (0, LARGE), "scales": (0.1, 10), "val_by_teacher": (0, 1),
     },
     positive={"lr": LARGE, "lr_decay_factor": LARGE},
     exclusive=[
@@ -37,7 +37,10 @@ SHARED = Rules(
             "--no_pretrained", lambda o: o.no_pretrained,
             "--pretrained {pretrained}", lambda o: o.pretrained is not None,
         ),
+        ("--no_test", lambda o: o.no_test, "--test", lambda o: o.test),
     ],
+    requires=[("val_by_teacher", "--cross_val", lambda o: o.cross_val)],
+    nothing_at_step_0={"val_by_teacher": "does nothing at step 0: there is no earlier model"},
     idle=[
         ("--data_masking without --no_mask", lambda o: not o.no_mask, ["data_masking"]),
         ("--lr_policy poly", lambda o: o.lr_policy == "poly", ["lr_power"]),
@@ -48,7 +51,7 @@ SHARED = Rules(
         ("a training (not --test, --dry_run or --check_data)", lambda o: _trains(o), ["trial_batch"]),
     ],
     later=["lr_old", "base_weights"],
-    classes_only={"dont_predict_bg": bool},
+    classes_only={"dont_predict_bg": bool, "val_by_teacher": lambda least: least is not None},
 )  # fmt: skip
 
 #: Remedy for a switch that a preset sets, because no option unsets it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -117,18 +117,19 @@ def dump(opts: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
-def write(results: Path, opts: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Write the options of a run beside its results; the name says which steps the run trained.
+def keep(results: Path, opts: argparse.Namespace, parser: argparse.ArgumentParser, say: Callable[[str], None]) -> None:
+    """Write the options of a run beside its results, as a file for `--config`; the name says which steps the run trained.
 
     Args:
         results: file of the results.
         opts, parser: as in `dump`.
-
-    Raises:
-        OSError: the file cannot be written.
+        say: takes the note that the file could not be written: the scores are recorded, so this is no reason to end a run.
     """
     steps = "-".join(map(str, opts.step))
     path = results.with_name(f"{results.stem}_steps-{steps}.yaml")
     aside = path.with_suffix(".writing")
-    aside.write_text(dump(opts, parser), encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(dump(opts, parser), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        say(f"note: the options of this run are not kept in a file: {error}")
