@@ -1,4 +1,4 @@
-"""The methods: a registry, and the composition of a method from what its options switch on.
+"""The methods: a registry, and `build`, which composes a method from the parts that its options switch on.
 
 To add one: write methods/mine.py with a subclass of `Method` (name, paper, preset, and a `Part` with what is new in `own_parts`), and
 add it to `METHODS`.
@@ -98,7 +98,7 @@ def build(opts: Namespace, task: Task) -> Method:
 
 
 def describe() -> str:
-    """One line a method: name, paper, year, preset, what its checkpoints hold beside the network, and the step 0 that it needs."""
+    """Text of `--list_methods`, a line for each method: name, paper, year, preset, what it stores beside the network, required step 0."""
     lines = []
     for method in METHODS.values():
         preset = ", ".join(f"{key}={value}" for key, value in method.preset.items()) or "no preset"

@@ -2,13 +2,13 @@
 
 stage 1   ce on the pixels of new classes, --ali_factor · ali on the background, --ali_kd_factor · kd on all other pixels (utils.alife),
           balanced initialisation as MiB. From step 1 on all norms but the head's last one are fixed
-stage 2   ALIFE-M, a phase after the training: rotate the remembered features of the old classes to where the new network puts them
-stage 3   ALIFE-M, a phase after that: all classifiers alone, on relabelled images (ali, focal loss) and on the whole memory
-memory    --alife_memory vectors for each class, the mean features of the class in random crops, taken at the end of the step that
-          learned it. The release takes them at the beginning of stage 2 of the next step, from the same network and the same images
+stage 2   ALIFE-M, a phase after the training: rotate the remembered features of the old classes towards those of the new network
+stage 3   ALIFE-M, a phase after stage 2: train only the classifiers, on relabelled images (ali, focal loss) and the whole memory
+memory    --alife_memory vectors for each class, the mean features of the class in random crops, computed at the end of the step that
+          learned it. The release computes them at the beginning of stage 2 of the next step, from the same network and the same images
 
-The published weights differ from step to step (`task_presets`); with ALIFE of a task that has none they are 1. The release has a network
-of its own; as its authors define the losses, they are those of any network with features before its classifiers.
+The published factors differ from step to step (`task_presets`); for tasks without published factors they are 1. The release has a network
+of its own. The losses need features and classifiers only, so they apply to any network.
 
 The schedule of the release: lr 0.01, then 0.001; 30 epochs (VOC) or 60 (ADE20K) at step 0; scripts/voc/ and scripts/ade/ have the rest.
 
@@ -45,19 +45,19 @@ from utils.types import IGNORE, Batch
 GROUP = "adaptive logit regulariser and feature replay (ALIFE)"
 #: τ, multiplies the similarities between features and memory.
 TEMPERATURE = 10.0
-#: A class must take up this share of an image, and then of its crop, to be remembered from it.
+#: Features of a class are taken from images, and crops of them, of which the class covers at least this share.
 LEAST_SHARE = 0.005
-#: Crops that are drawn at most for each vector of the memory.
+#: Greatest number of crops that are drawn for each vector of the memory.
 DRAWS_PER_VECTOR = 20
 
 
 def of_step(values: Sequence[float], step: int) -> float:
-    """The value for a step from 1 on; the last one serves all further steps."""
+    """The value for a step from 1 on; steps beyond the list get its last value."""
     return values[min(step, len(values)) - 1]
 
 
 class AdaptiveLogitRegulariser(Part):
-    """Stage 1 (--ali_factor)."""
+    """ALIFE's stage 1: the losses of the main training (--ali_factor)."""
 
     needs_teacher = True
     rules = Rules(
@@ -74,7 +74,7 @@ class AdaptiveLogitRegulariser(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Factors of stage 1."""
+        """Add the factors of stage 1."""
         add = option_group(parser, GROUP).add_argument
         steps = "one for all steps from 1 on, or one for each"
         add("--ali_factor", type=float, nargs="+", default=None, help=f"factor of the logit regulariser: {steps}")
@@ -93,7 +93,7 @@ class AdaptiveLogitRegulariser(Part):
         return opts.ali_factor is not None and task.step > 0 and not task.domain
 
     def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
-        """All norms but the last one of the head."""
+        """All norms except the last one of the head."""
         norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm))
         return [norm for norm in norms if norm is not model.head.red_bn]
 
@@ -111,16 +111,16 @@ class AdaptiveLogitRegulariser(Part):
         }
 
     def term_specs(self) -> list[TermSpec]:
-        """All three are measured at the head."""
+        """The three losses, measured at the head."""
         return [TermSpec("ce"), TermSpec("ali"), TermSpec("kd")]
 
     def remedies(self) -> dict[str, str]:
-        """The factor of the regulariser."""
+        """Advice for a regulariser that diverges."""
         return {"ali": "lower --lr or --ali_factor"}
 
 
 class MemoryPhase(Phase):
-    """A phase after the training, the network in evaluation mode.
+    """A phase after the main training, with the network in evaluation mode.
 
     Args:
         opts, task: as for `Phase`.
@@ -136,39 +136,39 @@ class MemoryPhase(Phase):
 
 
 class Rotation(MemoryPhase):
-    """Stage 2: rotations of the old classes' features, on what the images of this step show of them."""
+    """Stage 2: learns rotations of the old classes' features from the pixels of these classes in the images of this step."""
 
     name = "rotation"
 
     @property
     def epochs(self) -> int:
-        """--alife_rotation_epochs."""
+        """The value of --alife_rotation_epochs."""
         return self.opts.alife_rotation_epochs
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
-        """Make the parameters, (C_old, D(D−1)/2)."""
+        """Create the parameters of the rotation matrices, (C_old, D(D−1)/2)."""
         super().attach(model, teacher, device)
         self.size = model.cls[0].in_channels
         shape = self.task.num_old, self.size * (self.size - 1) // 2
         self.values = nn.Parameter(torch.zeros(shape, device=device, dtype=model.cls[0].weight.dtype))
 
     def begin(self, loader: TrainingBatches) -> None:
-        """Start uniformly within ± 1 / sqrt(D(D−1)/2), the same on all processes."""
+        """Initialise the parameters uniformly within ± 1 / sqrt(D(D−1)/2), equal on all processes."""
         generator = torch.Generator().manual_seed(stream_seed(self.opts.random_seed, "rotation", self.task.step))
         drawn = torch.rand(self.values.shape, generator=generator, dtype=torch.float64) * 2 - 1
         self.values.data.copy_(drawn / math.sqrt(max(1, self.values.shape[1])))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the matrices."""
+        """The parameters of the rotation matrices."""
         return [self.values]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Adam, with the weight decay added to the gradient."""
+        """Adam; the weight decay is added to the gradient."""
         opts = self.opts
         return torch.optim.Adam(self.parameters(), lr=opts.alife_rotation_lr, weight_decay=opts.weight_decay)
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{"ce", "cosine"}: rotated representations are classified as theirs, and point to where the new network's do."""
+        """{"ce", "cosine"}: classification of the rotated features as their class, and their cosine with the new network's features."""
         assert self.teacher is not None
         with torch.no_grad():
             before, after = (network(images, full_size=False).pre_logits for network in (self.teacher, self.model))
@@ -184,35 +184,35 @@ class Rotation(MemoryPhase):
 
     @torch.no_grad()
     def end(self) -> None:
-        """Rotate the memory, as released without the centring of the representations."""
+        """Rotate the memory; as in the release, the features are not centred first."""
         self.memory.vectors = self.memory.vectors @ alife.rotations(self.values, self.size).transpose(1, 2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters."""
+        """The parameters of the rotation matrices."""
         return {"values": self.values.detach().cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the parameters."""
+        """Restore the parameters of the rotation matrices."""
         structure.require_fit({"values": self.values.detach().cpu()}, state, f"state/phases/{self.name}")
         self.values.data.copy_(state["values"])
 
 
 class ClassifierReplay(MemoryPhase):
-    """Stage 3: the classifiers of all steps, on the images of this step and on the rotated memory of the others."""
+    """Stage 3: trains the classifiers of all steps, on the images of this step and on the rotated memory of earlier steps."""
 
     name = "replay"
 
     @property
     def epochs(self) -> int:
-        """--alife_replay_epochs."""
+        """The value of --alife_replay_epochs."""
         return self.opts.alife_replay_epochs
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the classifiers."""
+        """The parameters of all classifiers."""
         return list(self.model.cls.parameters())
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{"ali", "ce", "memory"}; ce is the focal loss on labels whose background is what the teacher sees."""
+        """{"ali", "ce", "memory"}; ce is the focal loss on labels whose background is replaced by the teacher's prediction."""
         opts, step = self.opts, self.task.step
         assert self.teacher is not None
         student = self.model(images).logits
@@ -227,7 +227,7 @@ class ClassifierReplay(MemoryPhase):
         }
 
     def memory_loss(self) -> Tensor:
-        """Mean cross entropy of the whole memory; classes of which nothing is remembered are left out."""
+        """Mean cross entropy of the whole memory; classes without remembered features are left out."""
         vectors, found = self.memory.vectors, self.memory.found
         own = torch.arange(len(vectors), device=vectors.device)[found.to(vectors.device)]
         with torch.autocast(vectors.device.type, enabled=False):
@@ -236,7 +236,7 @@ class ClassifierReplay(MemoryPhase):
 
 
 def classify(model: SegmentationModel, vectors: Tensor) -> Tensor:
-    """(n, D) features -> (n, C) logits."""
+    """Logits (n, C) of single feature vectors (n, D)."""
     return model.cls(vectors.T[None, :, :, None])[0, :, :, 0].T
 
 
@@ -245,7 +245,7 @@ class FeatureReplay(Part):
 
     Attributes:
         vectors: (C, M, D) remembered features of the classes before this step; at its end those of its own classes join them.
-        found: (C,) bool, the classes of which anything is remembered.
+        found: (C,) bool, the classes that have remembered features.
     """
 
     uses_teacher = True
@@ -284,7 +284,7 @@ class FeatureReplay(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Size of the memory, and the two phases."""
+        """Add the size of the memory and the options of the two phases."""
         add = option_group(parser, GROUP).add_argument
         steps = "one for all steps from 1 on, or one for each"
         add("--alife_memory", type=int, default=0, help="remembered features of each class; 0: no memory")
@@ -297,14 +297,14 @@ class FeatureReplay(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """At every step, with --alife_memory: step 0 leaves the first features."""
+        """At every step, with --alife_memory: step 0 remembers the first features."""
         return opts.alife_memory > 0 and not task.domain
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
         """Take over the memory of step t−1.
 
         Raises:
-            UserError: it left none, or one that does not fit.
+            UserError: step t−1 has no memory, or one of another shape.
         """
         weight = model.cls[0].weight
         if self.task.step == 0:
@@ -327,14 +327,14 @@ class FeatureReplay(Part):
         self.vectors, self.found = vectors.to(weight), found.clone()
 
     def phases(self) -> list[Phase]:
-        """From step 1 on, stages 2 and 3."""
+        """Stages 2 and 3, from step 1 on."""
         if self.task.step == 0:
             return []
         return [Rotation(self.opts, self.task, self), ClassifierReplay(self.opts, self.task, self)]
 
     @torch.no_grad()
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
-        """Remember the classes of this step, each on one of the processes; after the last step nothing will be read."""
+        """Remember the classes of this step; each class is computed by one process. The last step is not remembered."""
         if self.task.step == self.task.last_step:
             return
         was_training = model.training
@@ -358,13 +358,13 @@ class FeatureReplay(Part):
     ) -> Tensor:
         """Mean features of a class in random crops.
 
-        Where too few crops show enough of it, fewer vectors are returned; if none does, crops with any pixel of it are taken.
+        If too few crops show enough of the class, fewer vectors are returned; if no crop does, crops with any pixel of it are used.
 
         Args:
             model: in evaluation mode.
             loader: as in `end_step`.
             label: of the class.
-            shares: (N,) of the class in the annotations of the N images.
+            shares: (N,) share of the class in the annotation of each of the N images.
             device: where to compute.
 
         Returns:
@@ -384,14 +384,21 @@ class FeatureReplay(Part):
         return self.vectors.new_zeros(0, self.vectors.shape[2])
 
     def vectors_of(self, model: SegmentationModel, images: Tensor, masks: Tensor, least: float) -> Iterator[Tensor]:
-        """The mean feature (D,) of each crop that shows enough of the class: (B, 3, H, W) images, (B, H, W) bool masks."""
+        """Mean feature (D,) of the class in each crop of a batch that shows enough of it.
+
+        Args:
+            model: in evaluation mode.
+            images: (B, 3, H, W) normalised.
+            masks: (B, H, W) bool, the pixels of the class.
+            least: share of a crop that the class must exceed.
+        """
         features = model(images.to(self.vectors.dtype), full_size=False).pre_logits
         for maps, mask in zip(features, masks):
             if mask.any() and mask.double().mean() >= least:
                 yield alife.mean_feature(maps, mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory."""
+        """The remembered features."""
         return {"vectors": self.vectors.cpu().clone(), "found": self.found.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -401,7 +408,7 @@ class FeatureReplay(Part):
 
 
 class ALIFE(Method):
-    """The logit regulariser."""
+    """ALIFE without a memory: the adaptive logit regulariser."""
 
     name = "ALIFE"
     paper = (
@@ -422,7 +429,7 @@ def _replay(ali: list[float], memory: list[float], share: float = 0.99) -> dict[
 
 
 class ALIFEM(ALIFE):
-    """The logit regulariser and the memory of features."""
+    """ALIFE with a memory of features."""
 
     name = "ALIFE-M"
     stores = "1000 features of each class"

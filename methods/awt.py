@@ -1,14 +1,14 @@
-"""AWT: attribution-aware weight transfer, another start for the new step's classifier.
+"""AWT: attribution-aware weight transfer, an initialisation of the new step's classifier.
 
 attribution   a(x) = w₀ ⊙ s ⊙ (F(x) − F(0)): integrated gradients of the background's logit with respect to the features F of the
-              teacher, from those of the all-zero image to those of x. All behind F is linear, so that the sum of the release over 50
-              steps has this closed form; two forward passes, no backward pass
-channels      S: the channels whose mean attribution, over the pixels of new classes, reaches the highest maximum; one set for all new
+              teacher, from those of the all-zero image to those of x. The layers after F are linear, so the sum over 50 steps that
+              the release computes has this closed form: two forward passes, no backward pass
+channels      S: the channels whose mean attribution over the pixels of new classes has the highest maximum; one set for all new
               classes (`attribute.py` of the release) or one for each class (`attribute_class.py`), see --awt_channels
-start         W_new[k, c] += w₀[c] for c in S, on top of PyTorch's own start of weights and biases
+start         W_new[k, c] += w₀[c] for c in S, added to PyTorch's own initial weights; the biases keep PyTorch's
 
-The start takes the place of MiB's balanced initialisation; everything else is the base method's. Images are read with the crops of
-training, as released, so that S depends on the seed.
+It replaces MiB's balanced initialisation; the training is that of the base method. Images are read with the random crops of the
+training, as in the release, so S depends on the seed.
 
 Reference: Goswami et al., "Attribution-aware Weight Transfer: A Warm-Start Initialization for Class-Incremental Semantic
     Segmentation", WACV 2023.
@@ -42,7 +42,7 @@ DEFAULT_PERCENTAGE = 25
 
 Reduction = Callable[[Tensor], Tensor]
 
-#: How messages call the options that switch AWT on.
+#: The options that switch AWT on, as messages name them.
 _AWT = "--init_awt (--att)"
 
 
@@ -58,7 +58,7 @@ def _as_it_is(maps: Tensor) -> Tensor:
     return maps
 
 
-#: `--awt_reduce`: what is done to each image's (…, c, h, w) map before the mean over images, and what to the mean.
+#: `--awt_reduce`: the function applied to each image's (…, c, h, w) map before the mean over images, and the one applied to the mean.
 REDUCTIONS: dict[str, tuple[Reduction, Reduction]] = {
     "max_after_mean": (_as_it_is, _maximum),
     "mean_after_max": (_maximum, _as_it_is),
@@ -68,7 +68,7 @@ REDUCTIONS: dict[str, tuple[Reduction, Reduction]] = {
 
 
 def percentage(opts: Namespace) -> int:
-    """Percent of the channels that AWT transfers; 0 where it is off."""
+    """Percent of the channels that AWT transfers; 0 if AWT is off."""
     return opts.att or (DEFAULT_PERCENTAGE if opts.init_awt else 0)
 
 
@@ -82,7 +82,7 @@ def attributions(features: Tensor, baseline: Tensor, weight: Tensor, size: torch
         size: H, W of the logits.
 
     Returns:
-        (B, c, h, w), signed; the background's bias does not enter.
+        (B, c, h, w), signed. The background's bias has no influence.
     """
     mass = upsampling_mass(features.shape[2:], size, features)  # (h, w)
     return weight[:, None, None] * mass * (features - baseline)
@@ -102,10 +102,10 @@ class MeanAttributions:
     Args:
         sets: number of sets, one for all new classes or one for each.
         reduce: a key of `REDUCTIONS`.
-        images: position in the order of the images after whose first contributing image a set is complete; 0 for all images.
+        images: a set is complete with the first contributing image after this many images; 0: the whole data set is used.
 
-    Reference: the release stops its pass over ADE20K there. With several processes the images are dealt out, and the image that
-        completes a set is the first one over all processes.
+    Reference: the release stops its pass over ADE20K in this way. With several processes each has a share of the images, and the image
+        that completes a set is the first one of all processes.
     """
 
     def __init__(self, sets: int, reduce: str, images: int = 0):
@@ -117,7 +117,7 @@ class MeanAttributions:
         self.counts: Tensor
 
     def add(self, maps: Tensor, masks: Tensor) -> None:
-        """Take a batch.
+        """Add the images of a batch.
 
         Args:
             maps: (B, c, h, w) attributions.
@@ -143,17 +143,17 @@ class MeanAttributions:
 
     @property
     def complete(self) -> bool:
-        """Whether no further image counts."""
+        """Whether all sets are complete, so that further images have no effect."""
         return self.images > 0 and None not in self.last
 
     def scores(self, cumulative: bool) -> tuple[Tensor, Tensor]:
         """Score of every channel.
 
         Args:
-            cumulative: the mean of a set runs over the maps of the sets before it too.
+            cumulative: the mean of a set includes the maps of the sets before it.
 
         Returns:
-            (sets, c) scores, float64, 0 for a set without an image, and (sets,) bool, whether a set has one; equal on all processes.
+            (sets, c) scores in float64, 0 for a set without an image; and (sets,) bool, whether a set has an image. Equal on all processes.
         """
         for number in range(self.sets):
             mine = self.last[number]
@@ -169,7 +169,7 @@ class MeanAttributions:
 
 
 class AttributionTransfer(Part):
-    """New classes start with the background's weights of the channels that respond to them (--init_awt, or --att of the release).
+    """Initialise new classes with the background's weights of the channels that respond to them (--init_awt, or --att of the release).
 
     Attributes:
         scores: (sets, c) of the last initialisation, None before it and with --random_channels.
@@ -228,7 +228,7 @@ class AttributionTransfer(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Which channels are transferred and how; the spellings are those of the release where it has them."""
+        """Add the options of the transfer; those that the release has are spelled as there."""
         group = option_group(parser, "attribution-aware weight transfer (AWT)")
         add = group.add_argument
         add_switch(group, "--init_awt", help="new classifiers start from the background's weights of some channels")
@@ -310,14 +310,14 @@ class AttributionTransfer(Part):
         return mean.scores(cumulative=per_class and opts.awt_class_mean == "released")
 
     def _random_channels(self, model: SegmentationModel) -> Tensor:
-        """(1, c) bool, --rand channels that the seed draws."""
+        """(1, c) bool, --rand channels drawn with the seed."""
         channels = model.cls[0].in_channels
         generator = torch.Generator().manual_seed(stream_seed(self.opts.random_seed, "channels", self.task.step))
         drawn = torch.randperm(channels, generator=generator)[: self.opts.rand]
         return torch.zeros(1, channels, dtype=torch.bool).index_fill_(1, drawn, True)
 
     def _transfer(self, model: SegmentationModel) -> None:
-        """Move the background's weights of the selected channels into the new classifier."""
+        """Add (or copy) the background's weights of the selected channels to the new classifier."""
         new, background = model.cls[-1], model.cls[0]
         weights, source = new.weight.flatten(1), background.weight[0].flatten()  # (C_new, c), (c,)
         selected = self.selected.expand(len(weights), -1)
@@ -329,7 +329,7 @@ class AttributionTransfer(Part):
 
 
 class MiBAWT(Method):
-    """MiB whose new classifiers start by attribution."""
+    """MiB whose new classifiers are initialised by attribution."""
 
     name = "MiB+AWT"
     paper = "Goswami et al., Attribution-aware Weight Transfer, WACV"

@@ -27,7 +27,7 @@ The hooks of a part, in the order in which a step calls them, on all processes. 
     remedies            a loss diverges or is not finite                        -
     end_epoch           after every epoch                                       -
     end_validation      after every validation                                  -
-    end_step            after the last epoch and phase, before the checkpoint   called, if the step did not get so far
+    end_step            after the last epoch and phase, before the checkpoint   called, unless the step is finished
     export              a checkpoint of the finished step is written            -
     state_dict          every saved state, and the finished checkpoint          -
     load_state_dict     a resume                                                called last
@@ -73,7 +73,7 @@ class Part:
     #: Key of its state in the checkpoint of a finished step: in "trainer_state" if it is "regularizer", the only official one,
     #: else in "method_state"; "" for a part without state.
     state_key: ClassVar[str] = ""
-    #: What `init_classifier`, `begin_step` and `end_step` read images for; each purpose has its own random crops.
+    #: Name of the random stream of the crops that `init_classifier`, `begin_step` and `end_step` read.
     purpose: ClassVar[str] = "statistics"
     #: Ranges of its options, which options exclude or need each other, and which of them step 0 does not read.
     rules: ClassVar[Rules] = Rules()
@@ -89,7 +89,7 @@ class Part:
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
         """Whether these options switch the part on at this step."""
-        raise NotImplementedError(f"{cls.__name__} does not say when it is enabled")
+        raise NotImplementedError(f"{cls.__name__} must define when it is enabled")
 
     # ------------------------------------------------------------------ before the step
 
@@ -152,7 +152,7 @@ class Part:
         return groups
 
     def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer | None:
-        """The balancer, which combines the terms to one loss; None: another part's balancer or the plain sum is used.
+        """Make the balancer, which combines the terms into one loss; None: another part's balancer or the plain sum is used.
 
         Args:
             model: the student.
@@ -169,7 +169,7 @@ class Part:
         return []
 
     def begin_step(self, loader: TrainingBatches, teacher: nn.Module | None, device: torch.device) -> None:
-        """Gather statistics over the training set before the first iteration.
+        """Compute statistics of the training set before the first iteration.
 
         Args:
             loader: (images, labels) of this process's share of the training set.
@@ -186,22 +186,22 @@ class Part:
         """
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar losses of a batch that has its student."""
+        """Named scalar losses of a batch that is prepared and has the student's taps."""
         return {}
 
     def penalties(self, model: SegmentationModel) -> dict[str, Tensor]:
-        """Named scalars that depend on the parameters alone and join the total loss, without gradient: `after_backward` adds it."""
+        """Named scalars that depend on the parameters alone. They count in the total loss; `after_backward` adds their gradient."""
         return {}
 
     def after_backward(self, model: SegmentationModel) -> None:
-        """Add to the gradients, after the main backward pass and before the optimiser's step."""
+        """Add to the gradients. Called after the main backward pass and before the optimiser's step."""
 
     def remedies(self) -> dict[str, str]:
-        """By name of a term, the advice to the user if that term diverges or is not finite."""
+        """Advice to the user, by the name of the term that diverges or is not finite."""
         return {}
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Called after the step of the optimiser. The batch still has its labels, its taps are released."""
+        """Called after the step of the optimiser. The batch has its labels; its taps are released."""
 
     # ------------------------------------------------------------------ ends
 
@@ -251,7 +251,7 @@ class Method:
         parts: part classes in the order in which they prepare a batch and list their terms.
     """
 
-    #: Spelling of `--method`.
+    #: The value of `--method`.
     name: ClassVar[str] = ""
     #: Where it was published, for `--list_methods`.
     paper: ClassVar[str] = ""
@@ -259,7 +259,7 @@ class Method:
     #: What the checkpoint keeps beside the network, and what step 0 the method needs, for `--list_methods`.
     stores: ClassVar[str] = "nothing"
     step0: ClassVar[str] = "any"
-    #: Parts that it brings beside `methods.PARTS`; other methods may switch them on by their options too.
+    #: Further parts beside `methods.PARTS`. Their options may be used with other methods too.
     own_parts: ClassVar[tuple[type[Part], ...]] = ()
     #: Options it sets unless the user gives them.
     preset: ClassVar[dict[str, Any]] = {}
@@ -316,7 +316,7 @@ class Method:
         distributed.broadcast_module(model)
 
     def freeze(self, model: SegmentationModel) -> None:
-        """Freeze what any part freezes."""
+        """Freeze the modules and parameters that the parts name."""
         model.freeze([item for part in self.parts for item in part.frozen(model)])
 
     def parameter_groups(self, groups: list[dict[str, Any]], model: SegmentationModel) -> list[dict[str, Any]]:
@@ -396,10 +396,10 @@ class Method:
             The advice for a term that is not finite, or else for the largest term; "" if no part has one.
         """
         terms = {name: value for name, value in values.items() if name != "loss"}
-        guilty = [name for name, value in terms.items() if not math.isfinite(value)]
-        guilty = guilty or [max(terms, key=lambda name: abs(terms[name]))]
-        proposed = {name: text for part in self.parts for name, text in part.remedies().items()}
-        return next((proposed[name] for name in guilty if name in proposed), "")
+        diverging = [name for name, value in terms.items() if not math.isfinite(value)]
+        diverging = diverging or [max(terms, key=lambda name: abs(terms[name]))]
+        remedies = {name: text for part in self.parts for name, text in part.remedies().items()}
+        return next((remedies[name] for name in diverging if name in remedies), "")
 
     def after_backward(self, model: SegmentationModel) -> None:
         """Add the gradients of the penalties."""

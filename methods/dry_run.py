@@ -1,4 +1,4 @@
-"""--dry_run: everything of a step is built, and nothing is trained."""
+"""--dry_run: build everything that a step needs, and train nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.runtime import distributed
 
 
 def dry_run(opts: Namespace, task: Task) -> None:
-    """Build data sets, network and method of a step, read the checkpoint before it, and print one line of JSON.
+    """Build data sets, network and method of a step, read the previous checkpoint, and print one line of JSON.
 
     Args:
         opts: options of the step.

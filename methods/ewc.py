@@ -1,4 +1,4 @@
-"""EWC: elastic weight consolidation; and the part that every penalty on weights shares (EWC, PI, RW).
+"""EWC: elastic weight consolidation; and the part that EWC, PI and RW share.
 
 regularizer   --reg_importance · Σ importance · (p − p_old)², part of the total loss, its gradient added after the main backward pass
 """
@@ -35,13 +35,13 @@ class WeightPenalty(Part):
             ("--regularizer ewc or rw", lambda o: o.regularizer in ("ewc", "rw"), ["reg_alpha"]),
             ("--regularizer rw", lambda o: o.regularizer == "rw", ["reg_iterations"]),
         ],
-        later=["reg_importance", "reg_no_normalize"],  # step 0 measures the importance, later steps weigh it
+        later=["reg_importance", "reg_no_normalize"],  # step 0 only measures the importance
         for_later=["regularizer"],
     )
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """How importance is measured, and the factor of the penalty."""
+        """Add the measure of importance and the factor of the penalty."""
         group = option_group(parser, "regularisation of weights")
         add = group.add_argument
         add("--regularizer", type=str, default=None, choices=["ewc", "rw", "pi"], help="penalty on changed weights")
@@ -56,13 +56,13 @@ class WeightPenalty(Part):
         return opts.regularizer is not None
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """Read the importance of earlier steps. If it is missing, there is no penalty, and a note says so."""
+        """Read the importance measured by earlier steps. If it is missing, the step has no penalty, and a note is printed."""
         self.regularizer = REGULARIZERS[self.opts.regularizer](model, previous, self.opts)
         if self.regularizer.absent and distributed.is_main():
             kinds, step = " and no ".join(self.regularizer.absent), self.task.step
             print(
                 f"note: no {kinds} in the checkpoint of step {step - 1}: --regularizer {self.opts.regularizer} of step {step} "
-                f"does without; train step {step - 1} with the same --regularizer"
+                f"has no penalty; train step {step - 1} with the same --regularizer"
             )
         self.largest_stable = self._largest_stable()
         if self.opts.reg_importance > self.largest_stable and distributed.is_main():
@@ -79,7 +79,7 @@ class WeightPenalty(Part):
         return bound / (2 * self.opts.lr_of_step * largest) if largest > 0 else math.inf
 
     def remedies(self) -> dict[str, str]:
-        """The largest factor for which the penalty does not diverge at this learning rate."""
+        """Advice with the largest factor for which the penalty does not diverge at this learning rate."""
         lr, most = self.opts.lr_of_step, self.largest_stable
         return {
             "regularizer": f"the penalty is stable at --lr {lr:g} up to --reg_importance {most:.3g}: lower one of the two"

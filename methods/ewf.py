@@ -4,9 +4,9 @@ training   the base method's, with the earlier classifiers frozen (--fix_pre_cls
 fusion     after the last epoch of a step t ≥ 1:  θ ← (1 − α)·θ_{t−1} + α·θ_t,  α = sqrt(C_new / C)  (--weight_fusion)
 
 θ_{t−1} is the checkpoint of step t−1. Every entry of it is fused: weights, norms with their running statistics, and the earlier
-classifiers; the newest classifier has no counterpart and stays as trained. The fused weights are the step's checkpoint: they are
-tested, start the next student and are the next teacher and the next endpoint. The optimiser's state stays that of the training. Phases
-of other parts after the training, and what they measure at the end of a step, see the fused network.
+classifiers; the newest classifier has no counterpart and is not changed. The fused weights are the step's checkpoint: they are tested,
+and the next step starts from them and takes them as its teacher and as θ_{t−1}. The optimiser's state is that of the training. Phases of
+other parts after the training, and `end_step` of all parts, get the fused network.
 
 Reference: Xiao et al., "Endpoints Weight Fusion for Class Incremental Semantic Segmentation", CVPR 2023.
 """
@@ -30,7 +30,7 @@ from segmentation_module import SegmentationModel
 from utils.options.groups import add_switch, option_group
 
 GROUP = "endpoints weight fusion (EWF)"
-#: With --threshold_choice, the share of the elements that moved furthest: these are fused.
+#: The share of all elements that --threshold_choice fuses, those with the largest change.
 FUSED_SHARE = 0.45
 
 
@@ -43,14 +43,14 @@ def fused(
         before: weights and statistics of step t−1 by name.
         after: those of the trained network; has every name of `before`.
         factor: α.
-        furthest_only: fuse the elements that moved furthest, `FUSED_SHARE` of all entries together, and keep the others as trained
+        furthest_only: fuse the elements with the largest change, `FUSED_SHARE` of all entries together, and do not change the others
             (`--threshold_choice`; the paper does not have it).
 
     Returns:
-        The fused tensors, one for each name of `before`, with type and device of `after`; whole numbers are truncated.
+        The fused tensors, one for each name of `before`, with type and device of `after`; integer tensors are truncated.
     """
     pairs = {name: (value.to(after[name].device), after[name]) for name, value in before.items()}
-    least = _least_movement(pairs.values()) if furthest_only else 0.0
+    least = _least_change(pairs.values()) if furthest_only else 0.0
     found = {}
     for name, (old, new) in pairs.items():
         mean = (1 - factor) * old + factor * new
@@ -58,21 +58,21 @@ def fused(
     return found
 
 
-def _least_movement(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The smallest movement among the elements that moved furthest."""
-    movements = torch.cat([(old - new).abs().double().flatten() for old, new in pairs])
-    chosen = int(FUSED_SHARE * len(movements))
-    return float(movements.kthvalue(len(movements) - chosen + 1).values) if chosen else math.inf
+def _least_change(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The smallest change among the elements with the largest change."""
+    changes = torch.cat([(old - new).abs().double().flatten() for old, new in pairs])
+    chosen = int(FUSED_SHARE * len(changes))
+    return float(changes.kthvalue(len(changes) - chosen + 1).values) if chosen else math.inf
 
 
 class FrozenClassifiers(Part):
-    """The classifiers of earlier steps, the background's included, do not learn (--fix_pre_cls)."""
+    """The classifiers of earlier steps, including the background, are not trained (--fix_pre_cls)."""
 
     rules = Rules(later=["fix_pre_cls"], classes_only={"fix_pre_cls": bool})
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The switch."""
+        """Add `--fix_pre_cls`."""
         add_switch(
             option_group(parser, "classifier"), "--fix_pre_cls", help="do not train classifiers of earlier steps"
         )
@@ -83,7 +83,7 @@ class FrozenClassifiers(Part):
         return (opts.fix_pre_cls or opts.ewf) and task.step > 0 and not task.domain
 
     def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
-        """All classifiers but the newest: no gradient, no weight decay, no momentum."""
+        """All classifiers except the newest."""
         return list(model.cls)[:-1]
 
 
@@ -133,7 +133,7 @@ class WeightFusion(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The release's spellings, and --ewf for both of them that its scripts give."""
+        """Add the options of the release, and --ewf, which sets the two that its scripts use."""
         group = option_group(parser, GROUP)
         add_switch(group, "--ewf", help="--weight_fusion and --fix_pre_cls")
         add_switch(group, "--weight_fusion", help="after each step, the mean of the networks before and after it")
@@ -145,7 +145,7 @@ class WeightFusion(Part):
         return (opts.weight_fusion or opts.ewf) and task.step > 0 and not task.domain
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """Keep the checkpoint of step t−1; it is in memory for the teacher in any case."""
+        """Keep the weights of step t−1; they are in memory for the teacher in any case."""
         self.before = previous.weights
 
     def phases(self) -> list[Phase]:
@@ -162,7 +162,7 @@ class WeightFusion(Part):
 
 
 class MiBEWF(Method):
-    """MiB, fused."""
+    """MiB with weight fusion."""
 
     name = "MiB+EWF"
     paper = "Xiao et al., Endpoints Weight Fusion, with MiB, CVPR"
@@ -173,7 +173,7 @@ class MiBEWF(Method):
 
 
 class PLOPEWF(Method):
-    """PLOP, fused."""
+    """PLOP with weight fusion."""
 
     name = "PLOP+EWF"
     paper = "Xiao et al., Endpoints Weight Fusion, with PLOP, CVPR"
@@ -184,7 +184,7 @@ class PLOPEWF(Method):
 
 
 class LSKDEWF(Method):
-    """LSKD, fused: a combination that no article has."""
+    """LSKD with weight fusion. No article has this combination."""
 
     name = "LSKD+EWF"
     paper = "no article: LSKD with the fusion of Xiao et al., CVPR"

@@ -59,7 +59,7 @@ class Classification(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Kinds of classification losses."""
+        """Add the kinds of the classification loss and their parameters."""
         group = option_group(parser, "classification loss")
         add_switch(group, "--bce", help="binary cross entropy")
         add_switch(group, "--unce", help="unbiased cross entropy: background stands for all old classes (MiB)")
@@ -80,7 +80,7 @@ class Classification(Part):
         return not (replaced and task.step > 0)
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """Keep the scale of a cosine classifier: the margin of NCA is a cosine, the logits are cosines times the scale."""
+        """Keep the scale of a cosine classifier: the logits are cosines times this scale, and `--nca_margin` is a cosine."""
         self.cosine_scale = 1.0 if model.cls.scalar is None else model.cls.scalar
 
     def term_specs(self) -> list[TermSpec]:
@@ -88,7 +88,7 @@ class Classification(Part):
         return [TermSpec("ce")]
 
     def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """(logits, labels) -> (B, H, W)."""
+        """The loss that the flags choose, a function of logits (B, C, H, W) and labels (B, H, W) that returns (B, H, W)."""
         # Where no class is added (domains) the background contains no old class
         opts, old = self.opts, self.task.num_old if self.task.num_new else 0
         if opts.bce or opts.icarl:
@@ -138,7 +138,7 @@ class Classification(Part):
 
 
 class EntropyMinimisation(Part):
-    """Confident predictions on background pixels."""
+    """Minimise the entropy of predictions on background pixels."""
 
     rules = Rules(
         ranges={"entropy_min": (0, LARGE)},
@@ -149,7 +149,7 @@ class EntropyMinimisation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Its factor, and over what it averages."""
+        """Add the factor, and the choice of the mean."""
         group = option_group(parser, "classification loss")
         group.add_argument("--entropy_min", type=float, default=0.0, help="factor of entropy minimisation")
         add_switch(group, "--entropy_min_mean_pixels", help="entropy minimisation averages over pixels")
@@ -170,10 +170,10 @@ class EntropyMinimisation(Part):
 
 
 class WeightAlignment(Part):
-    """Rescale the new classifier's weights to the norm of others: after every validation, or before the test.
+    """Rescale the new classifier's weights to the norm of earlier ones, after every validation or before the test.
 
-    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020. The times are
-        those of PLOP's release: "task" aligns the weights for the test alone, and the weights of the checkpoint are not aligned.
+    Reference: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020. The moments are
+        those of PLOP's release: "task" aligns the weights for the test alone and does not change the checkpoint.
     """
 
     rules = Rules(
@@ -195,7 +195,7 @@ class WeightAlignment(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Which weights, and when."""
+        """Add the choice of the reference weights and of the moment."""
         add = option_group(parser, "classifier").add_argument
         what = ["old", "background", "all"]
         add("--align_weight", default=None, choices=what, help="weights whose norms are aligned")
@@ -213,12 +213,12 @@ class WeightAlignment(Part):
         return opts.align_weight is not None and task.step > 0 and not task.domain
 
     def end_validation(self, model: SegmentationModel) -> None:
-        """--align_weight_frequency epoch."""
+        """Align, with --align_weight_frequency epoch."""
         if self.opts.align_weight_frequency == "epoch":
             model.align_weight(self.opts.align_weight)
 
     def begin_test(self, model: SegmentationModel) -> None:
-        """--align_weight_frequency task."""
+        """Align, with --align_weight_frequency task."""
         if self.opts.align_weight_frequency == "task":
             model.align_weight(self.opts.align_weight)
 
@@ -249,7 +249,7 @@ class BackgroundModes(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Number of modes, their fusion, and the initialisation of new classes from them."""
+        """Add the number of modes, their fusion, and the initialisation of new classes from them."""
         add = option_group(parser, "classifier").add_argument
         add("--nb_background_modes", type=int, default=1, help="background channels of the first classifier")
         modes = ["max", "softmax", "max_init", "softmax_init", "softmax_remove", "max_remove"]
@@ -289,7 +289,7 @@ def class_growth(task: Task) -> float:
 
 
 class FT(Method):
-    """Fine-tuning, without a preset. The official scripts write PLOP and LSKD as FT and their flags."""
+    """Fine-tuning, without a preset. The official scripts run PLOP and LSKD as FT with their flags."""
 
     name = "FT"
     paper = "fine-tuning, the lower bound, as in MiB"

@@ -20,14 +20,14 @@ from utils.types import Batch
 
 
 class BodyDistillation(Part):
-    """Keep the features of the last residual stage."""
+    """Distil the output of the body."""
 
     needs_teacher = True
     rules = Rules(ranges={"loss_de": (0, LARGE)}, later=["loss_de"])
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Its factor."""
+        """Add `--loss_de`."""
         add = option_group(parser, "distillation of outputs").add_argument
         add("--loss_de", type=float, default=0.0, help="factor of the distillation of the body's output (ILT)")
 

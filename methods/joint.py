@@ -1,4 +1,4 @@
-"""Joint: all classes at once, the upper bound of every table. Plain training on the task `offline`."""
+"""Joint training: all classes are learned in one step (the task `offline`). The upper bound in the tables of the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LSKD: layer-specific knowledge distillation. Every tap has its own scheme and its own weight.
+"""LSKD: layer-specific knowledge distillation. Each tap has its own kind of distillation and its own weight.
 
 With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask of the features that belong to old classes:
 
@@ -60,7 +60,7 @@ def schemes(text: str) -> tuple[str, ...]:
 
 
 def check_masks(opts: Namespace) -> None:
-    """Refuse schemes that do not exist, a rule and a distance that do not fit, and other options that decide about taps.
+    """Refuse unknown schemes, a mask rule that does not fit the distance, and other options that choose taps.
 
     Raises:
         UserError: names the option, its value and the remedy.
@@ -118,7 +118,7 @@ class LayerSpecificDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Scheme of each tap, factors, masks and balance, under readable names and the official ones."""
+        """Add the scheme of each tap, factors, masks and balance, each with its official name and a readable one."""
         add = option_group(parser, "layer-specific distillation (LSKD)").add_argument
 
         def named(official: str, readable: str, **rest: Any) -> None:
@@ -149,7 +149,7 @@ class LayerSpecificDistillation(Part):
         super().__init__(opts, task)
         self.pod_options = pod_options(opts)
         self.schemes = dict(zip(TAP_NAMES, opts.tap_schemes))
-        #: (term, tap) in the order of λ: the context term stands between cross entropy and distillation, as officially.
+        #: (term, tap) in the order of λ: the context term is between cross entropy and distillation, as in the release.
         self.pooled = [
             (f"{part}/{tap}", tap)
             for tap, scheme in self.schemes.items()

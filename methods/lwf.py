@@ -75,7 +75,7 @@ class OutputDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Kinds of distillation, their pixels and temperatures."""
+        """Add the kinds of distillation, their pixels and temperatures."""
         group = option_group(parser, "distillation of outputs")
         add, switch = group.add_argument, partial(add_switch, group)
         add("--loss_kd", type=float, default=0.0, help="factor of the distillation of outputs")

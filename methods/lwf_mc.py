@@ -40,7 +40,7 @@ class ICarl(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The two variants of the loss."""
+        """Add the two variants of the loss and their factor."""
         group = option_group(parser, "distillation of outputs")
         add_switch(group, "--icarl", help="distillation and classification by sigmoids (iCaRL)")
         group.add_argument("--icarl_importance", type=float, default=1.0, help="factor of iCaRL's distillation")

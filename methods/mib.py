@@ -37,7 +37,7 @@ class BalancedInitialisation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The switch."""
+        """Add `--init_balanced`."""
         switched = "new classifiers start from the background's (MiB)"
         add_switch(option_group(parser, "classifier"), "--init_balanced", "--orig_init", help=switched)
 
@@ -49,7 +49,7 @@ class BalancedInitialisation(Part):
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
     ) -> None:
-        """Weights of the background, and biases lowered by ln(C_new + 1)."""
+        """Copy the background's weight, and lower the biases by ln(C_new + 1)."""
         model.cls.init_balanced()
 
 

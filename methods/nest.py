@@ -1,14 +1,14 @@
 """NeST: before a step is trained, its new classifiers are learned as transformations of the old ones.
 
-similarity   how the old classes respond to the pixels of each new class, from one pass of the teacher: the start of A and v
+similarity   how the old classes respond to the pixels of each new class, from one pass of the teacher: the initial A and v
 pre-tuning   a phase of --warm_epochs epochs, in which only five tensors learn; the norms use batch statistics, which move
                  new class c     w_c = Σ_k v_ck · (A_ck ∘ W_k), bias β_c
                  background      v_bg · (a_bg ∘ W_0), its own bias
                  other classes   their own W_k, b_k
 write back   w_c and β become the new classifier, v_bg (a_bg ∘ W_0) the background's weight, all scaled to the norms of the old ones
 
-The training proper is the base method's. The start takes the place of MiB's balanced initialisation, so the background's bias is not
-lowered. The tensors are dropped after the write-back.
+The main training is that of the base method. The pre-tuning replaces MiB's balanced initialisation, so the background's bias is not
+lowered. The five tensors are deleted after the write-back.
 
 Reference: Xie et al., "Early Preparation Pays Off: New Classifier Pre-tuning for Class Incremental Semantic Segmentation", ECCV 2024.
 """
@@ -44,9 +44,9 @@ from utils.random_streams import stream_seed
 from utils.runtime import distributed
 from utils.runtime.amp import at_least_float32
 
-#: Side of the grid on which classes and features are compared.
+#: Height and width to which predictions and features are resized before they are compared.
 GRID = (128, 128)
-#: Norms below it are not divided by.
+#: Lower bound of the norms that are divided by.
 _SMALL = 1e-12
 
 
@@ -56,7 +56,7 @@ def wanted(opts: Namespace) -> bool:
 
 
 def weights_and_biases(classifiers: list[nn.Conv2d]) -> tuple[Tensor, Tensor]:
-    """(C, c) weights and (C,) biases of some classifiers, joined."""
+    """(C, c) weights and (C,) biases of several classifiers, concatenated."""
     biases = [classifier.bias for classifier in classifiers if classifier.bias is not None]
     return torch.cat([classifier.weight.flatten(1) for classifier in classifiers]), torch.cat(biases)
 
@@ -77,7 +77,7 @@ class Similarity:
         self.counts = weights.new_zeros(num_new, dtype=torch.float64)
 
     def update(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
-        """Take a batch.
+        """Add the pixels of a batch.
 
         Args:
             logits: (B, C_old, H, W) of the teacher, at full size.
@@ -99,9 +99,12 @@ class Similarity:
             self.counts[number] += len(p)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A (C_new, C_old, c), v (C_new, C_old), and (C_new,) bool, whether a class has any position; equal on all processes.
+        """Compute the initial values from the sums of all processes.
 
-        A class without takes the mean of the others; the release makes it NaN.
+        A class without pixels takes the mean of the other new classes; in the release its values are NaN.
+
+        Returns:
+            A (C_new, C_old, c), v (C_new, C_old), and (C_new,) bool, whether a class has pixels; equal on all processes.
         """
         sums, counts = distributed.sum_(self.sums), distributed.sum_(self.counts)
         seen = counts > 0
@@ -116,7 +119,7 @@ class Similarity:
 
 
 class Transformation(nn.Module):
-    """The five tensors that are tuned.
+    """The five tensors that the pre-tuning trains.
 
     Args:
         num_old, num_new: C_old, C_new.
@@ -155,7 +158,7 @@ class Transformation(nn.Module):
 
     @torch.no_grad()
     def write_back(self, classifiers: Classifiers) -> None:
-        """Make the tuned classifiers those of the step.
+        """Write the tuned classifiers into those of the step.
 
         The background keeps the norm of its weight. One factor gives the new weights the mean norm of the old ones, another gives the
         vector of the new biases the norm of that of all old ones, whatever their lengths, as released.
@@ -182,11 +185,11 @@ class PreTuning(Phase):
 
     @property
     def epochs(self) -> int:
-        """--warm_epochs."""
+        """The value of --warm_epochs."""
         return self.opts.warm_epochs
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
-        """Make the tensors."""
+        """Create the five tensors."""
         super().attach(model, teacher, device)
         task, weight = self.task, model.cls[0].weight
         self.tuned = Transformation(task.num_old, task.num_new, weight.shape[1]).to(weight)
@@ -198,9 +201,9 @@ class PreTuning(Phase):
 
     @torch.no_grad()
     def begin(self, loader: TrainingBatches) -> None:
-        """A and v from the similarity of the classes, β from one draw of PyTorch's start of a bias.
+        """Initialise A and v from the similarity of the classes, and β with one random number from PyTorch's initialisation of a bias.
 
-        The release means to start β from the background's bias, but copies it from the network before the checkpoint is loaded.
+        The release copies the background's bias to β before the checkpoint is loaded, which is a random number too.
         """
         tuned, task, teacher = self.tuned, self.task, self.teacher
         assert teacher is not None  # the part uses it
@@ -233,11 +236,11 @@ class PreTuning(Phase):
         return optimizer
 
     def rate(self, iteration: int, iterations: int) -> float:
-        """Poly, stepped before the optimiser: the last iteration moves nothing, as released."""
+        """Poly, stepped before the optimiser, so the last iteration has the learning rate 0, as in the release."""
         return super().rate(iteration + 1, iterations)
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{"ce": the criterion on the labels as they are, mean over all pixels, ignored ones as 0}."""
+        """{"ce": the loss on the labels of the data set, mean over all pixels, ignored ones counted as 0}."""
         features = self.model(images, full_size=False).pre_logits
         logits = upsample(at_least_float32(self.tuned(features, self.model.cls)), images.shape[2:])
         return {"ce": self.criterion(logits, labels).mean()}
@@ -251,13 +254,13 @@ class PreTuning(Phase):
         return {name: value.detach().cpu().clone() for name, value in self.tuned.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the five tensors."""
         structure.require_fit(self.state_dict(), state, f"state/phases/{self.name}")
         self.tuned.load_state_dict(state)
 
 
 class NewClassifierPreTuning(Part):
-    """Pre-tune the new classifier (--warm_up of the release, or --nest, which also sets --unce_in_warm as its scripts do)."""
+    """Pre-tune the new classifier (--warm_up of the release, or --nest, which also sets --unce_in_warm as the release's scripts do)."""
 
     uses_teacher = True
     rules = Rules(
@@ -283,7 +286,7 @@ class NewClassifierPreTuning(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The release's spellings, and --nest."""
+        """Add the options of the release, and --nest."""
         group = option_group(parser, "new classifier pre-tuning (NeST)")
         add_switch(group, "--nest", help="--warm_up and --unce_in_warm")
         add_switch(
@@ -339,7 +342,7 @@ class PLOPNeST(Method):
 
 
 class LSKDNeST(Method):
-    """LSKD whose new classifiers are pre-tuned: a combination that no article has."""
+    """LSKD whose new classifiers are pre-tuned. No article has this combination."""
 
     name = "LSKD+NeST"
     paper = "no article: LSKD with the pre-tuning of Xie et al., ECCV"

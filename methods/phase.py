@@ -60,7 +60,7 @@ class Phase:
     @property
     def epochs(self) -> int:
         """Number of passes over the training set; with 0 a phase only begins and ends."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how many epochs it has")
+        raise NotImplementedError(f"{type(self).__name__} must define how many epochs it has")
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, device: torch.device) -> None:
         """Store the networks and create the tensors that the phase trains; `begin` or a resume sets their values."""
@@ -75,7 +75,7 @@ class Phase:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters: the phase's own, some of the student, or both."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it trains")
+        raise NotImplementedError(f"{type(self).__name__} must define what it trains")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of `parameters`: SGD with the step's learning rate, momentum and weight decay by default."""
@@ -104,7 +104,7 @@ class Phase:
             images: (B, 3, H, W) normalised, on the device.
             labels: (B, H, W) int64 as the data set gives them.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
+        raise NotImplementedError(f"{type(self).__name__} must define its loss")
 
     def end(self) -> None:
         """Use the result of the phase, for instance by copying it into the student."""
@@ -124,7 +124,7 @@ class PhaseRun:
         phase: attached.
         context: device, log and stop request of the step.
         iterations_per_epoch: of each process.
-        history: of the trainer; an entry is added an epoch.
+        history: of the trainer; each epoch appends an entry.
     """
 
     def __init__(self, phase: Phase, context: Context, iterations_per_epoch: int, history: list[dict[str, Any]]):

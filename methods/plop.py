@@ -33,7 +33,7 @@ from utils.types import Batch, Taps
 
 
 class PseudoLabels(Part):
-    """Replaces the labels of old pixels by the teacher's predictions (--pseudo)."""
+    """Replaces the labels of old pixels, which are annotated as background, by the teacher's predictions (--pseudo)."""
 
     needs_teacher = True
     state_key = "pseudo_labels"
@@ -83,7 +83,7 @@ class PseudoLabels(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The kind of pseudo-labels, their thresholds, and what the classification loss does with them."""
+        """Add the kind of pseudo-labels, their thresholds, and their use in the classification loss."""
         group = option_group(parser, "pseudo-labels")
         add, switch = group.add_argument, partial(add_switch, group)
         modes = "naive, confidence, threshold_X (0 <= X <= 1), median or entropy"
@@ -136,10 +136,10 @@ class PseudoLabels(Part):
         self.thresholds = medians.finish(threshold, opts.median == "exact", distributed.sum_)
 
     def prepare(self, batch: Batch, teacher: nn.Module | None) -> None:
-        """Relabel the batch, and weigh its pixels."""
+        """Replace the labels of the batch, and set the weights of its pixels."""
         opts, task = self.opts, self.task
         if self.thresholds is not None:
-            self.thresholds = self.thresholds.to(batch.truth.device)  # after a resume they come from the host
+            self.thresholds = self.thresholds.to(batch.truth.device)  # after a resume they are on the CPU
         result = pseudo.relabel(
             batch.truth,
             batch.teacher.logits,
@@ -152,7 +152,7 @@ class PseudoLabels(Part):
         batch.labels, batch.pseudo_mask, batch.pixel_weights = result.labels, result.valid, result.pixel_weights
         if opts.classif_adaptive_factor and self.mode == "entropy":
             least, dtype = opts.classif_adaptive_min_factor, torch.promote_types(batch.images.dtype, torch.float32)
-            damping = 0.0 if opts.csw_kd > 0 else pseudo.DAMPING  # REMINDER's form (methods/reminder.py) has none
+            damping = 0.0 if opts.csw_kd > 0 else pseudo.DAMPING  # REMINDER has none (methods/reminder.py)
             factor = pseudo.adaptive_factor(result.valid, batch.truth, task.num_old, least, dtype, damping)
             batch.pixel_weights = factor if batch.pixel_weights is None else factor * batch.pixel_weights
 
@@ -172,7 +172,7 @@ def pod_options(opts: Namespace) -> PodOptions:
     """How each tap is compared, from --pod_options and the flags beside it.
 
     Args:
-        opts: pod, pod_factor, pod_prepro, spp_scales, pod_apply, pod_deeplab_mask and companions, pod_options.
+        opts: pod, pod_factor, pod_prepro, spp_scales, pod_apply, pod_options, and the options whose names begin with pod_deeplab_mask.
 
     Returns:
         Checked options.
@@ -206,7 +206,7 @@ def check_pod_options(opts: Namespace) -> None:
 
 
 class PodDistillation(Part):
-    """Pooled outputs distillation of the taps; LSKD has its own part (methods/lskd.py)."""
+    """Distillation of the taps by pooled outputs (POD). LSKD has its own part (methods/lskd.py)."""
 
     needs_teacher = True
     rules = Rules(
@@ -245,7 +245,7 @@ class PodDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """How taps are pooled and compared, and which taps."""
+        """Add the choice of the taps, their pooling and their comparison."""
         group = option_group(parser, "distillation of features (POD)")
         add, switch = group.add_argument, partial(add_switch, group)
         kinds = ["spatial", "local", "global"]
@@ -276,14 +276,14 @@ class PodDistillation(Part):
         self.options = pod_options(opts)
 
     def taps(self, forward: Taps) -> tuple[Tensor, ...]:
-        """Stages, pre_logits, and the small logits (--pod_logits), the full-size ones (--pod_large_logits) or none."""
+        """The taps that are compared: stages, pre_logits, and small (--pod_logits), full-size (--pod_large_logits) or no logits."""
         features = (*forward.attentions, forward.pre_logits)
         if self.opts.pod_logits:
             return (*features, forward.logits_small)
         return (*features, forward.logits) if self.opts.pod_large_logits else features
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """{"pod": mean over taps, scheduled}."""
+        """{"pod": mean over taps, times the factor of the schedule}."""
         distances = pod.pod_terms(
             self.taps(batch.teacher), self.taps(batch.student), self.options, None, batch.labels, self.task.num_old
         )
@@ -318,7 +318,7 @@ class PLOP(Method):
     paper = "Douillard et al., PLOP: Learning without Forgetting for Continual Semantic Segmentation, CVPR"
     year = 2021
     preset = PLOP_PRESET
-    # Smaller factors on ADE; on Cityscapes domains every pixel has its label, so there is nothing to pseudo-label.
+    # Smaller factors on ADE. In the tasks of Cityscapes every pixel has a label, so they need no pseudo-labels.
     task_presets = {("ade", task): _factors(0.001, 1e-5) for task in ("100-50", "100-10", "100-5", "50", None)} | {
         ("cityscapes_domain", task): _factors(1e-4, factor) | {"pseudo": None, "classif_adaptive_factor": False}
         for task, factor in (("offline", 1e-4), ("11-5", 1e-4), ("11-1", 1e-4), ("1-1", 1e-3), (None, 1e-4))

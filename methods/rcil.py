@@ -3,13 +3,13 @@
 network   --rcil_network: the first 3×3 conv of each residual block and the head's parallel convs are doubled, the branches mixed at
           random in training and averaged in evaluation                                                     (modules.compensation)
 step 0    both branches train
-step t    the mean of both branches is computed into the old one, which is frozen from then on; the new one goes on from where step t−1
-          left it. The teacher is the network of step t−1 before that
+step t    the mean of both branches is computed into the old one, which is frozen from then on; the new branch keeps the weights of
+          step t−1. The teacher is the network of step t−1 before the merge
 ce, kd    unbiased cross entropy and distillation of outputs, as MiB                                 (methods/ft.py, methods/lwf.py)
 pcd       --pcd_factors: pooled cubes of the taps, over positions and over channels                                  (utils.pod.cube)
 
 The taps of the stages are taken after their activation, as in the release, whose activation overwrites the tensor. Its log calls the
-sum of both pcd terms POD. The release sets PLOP's flags of pseudo-labels and of POD too, which do nothing in it.
+sum of both pcd terms POD. Its scripts also set PLOP's flags of pseudo-labels and of POD, which have no effect in it.
 
 The schedule of the release: lr 0.02 (VOC) or 0.01 (ADE20K), then 0.001, 30 or 60 epochs a step; scripts/voc/ and scripts/ade/ have it.
 
@@ -56,7 +56,7 @@ def _trains(opts: Namespace) -> bool:
 class RepresentationCompensation(Part):
     """The doubled network, its random mixture, and the merge between steps (--rcil_network doubled).
 
-    With "merged" the network is the one in which scripts/merge_branches.py stores both branches as one, for tests and predictions.
+    With "merged" the network is that of a checkpoint in which scripts/merge_branches.py merged the branches, for tests and predictions.
 
     Attributes:
         passes: training iterations of this step so far, which number the draws.
@@ -97,7 +97,7 @@ class RepresentationCompensation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The network, and which of the release's slips are mended."""
+        """Add the choice of the network, and the corrections of the release's errors."""
         add = option_group(parser, GROUP).add_argument
         kinds = [DOUBLED, MERGED]
         add("--rcil_network", default=None, choices=kinds, help="two branches of 3×3 convs, or both merged for a test")
@@ -118,7 +118,7 @@ class RepresentationCompensation(Part):
     # ------------------------------------------------------------------ the network
 
     def wrap_model(self, model: SegmentationModel) -> None:
-        """Double the convs; the new ones start as copies, of the ImageNet weights too, or from draws of their own without them."""
+        """Double the convs. The new ones are copies of the old ones if these are pretrained, else they get random weights of their own."""
         if self.opts.rcil_stem == "released":
             cast(ABN, model.body.get_submodule("mod1.bn1")).activation = "identity"
         if self.opts.rcil_network == MERGED:
@@ -148,8 +148,8 @@ class RepresentationCompensation(Part):
     ) -> None:
         """Start the new classifier, unless AWT or NeST does, then merge the branches.
 
-        The release copies the background's weights and leaves all biases alone. In a domain-incremental task, whose one classifier is
-        the newest at every step, that makes all its rows equal to row 0; mended, such a classifier goes on from where it was.
+        The release copies the background's weights and changes no bias. In a domain-incremental task, whose only classifier is the newest
+        at every step, this makes all its rows equal to row 0; with --rcil_init mended such a classifier is not changed.
         """
         if self.task.step == 0:
             return
@@ -168,7 +168,7 @@ class RepresentationCompensation(Part):
             model.cls.init_balanced()
 
     def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
-        """From step 1 on, the old branch."""
+        """The old branch, from step 1 on."""
         if self.task.step == 0:
             return []
         branches = [layer.branch(new=False) for layer in layers_of(model).values()]
@@ -179,7 +179,7 @@ class RepresentationCompensation(Part):
     def draws(self) -> dict[str, Tensor]:
         """Uniform numbers of the next training pass, (C,) by path of the layer; the same on all processes.
 
-        They are a function of seed, step and number of the pass, so that a resume needs the number alone.
+        They are a function of seed, step and number of the pass, so a resume needs to restore this number only.
         """
         seed = stream_seed(self.opts.random_seed, "mixture of branches", self.task.step, self.passes)
         generator = torch.Generator().manual_seed(seed)
@@ -196,22 +196,22 @@ class RepresentationCompensation(Part):
             layer.share.copy_(share)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Count the pass."""
+        """Count the training passes."""
         self.passes += 1
 
     # ------------------------------------------------------------------ ends
 
     def begin_test(self, model: SegmentationModel) -> None:
-        """Tested is the network as whoever loads the checkpoint has it, with the eps of the norms, which a merge sets to 0."""
+        """Set the eps of merged norms, which a merge sets to 0, to that of a network that was loaded from the checkpoint."""
         for layer in layers_of(model).values():
             layer.branch(new=False).norm.eps = layer.branch(new=True).norm.eps
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of the next draw, and whether this step merged the branches."""
+        """The number of training passes, and whether this step merged the branches."""
         return {"passes": self.passes, "merged": self.merged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on drawing; the eps of merged norms is no part of the weights."""
+        """Restore the number of passes, and the eps of merged norms, which the weights do not contain."""
         structure.require_fit({"passes": 0, "merged": False}, state, f"state/method/{self.state_key}")
         self.passes, self.merged = state["passes"], state["merged"]
         if self.merged:
@@ -234,7 +234,7 @@ class PooledCubeDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Its factors."""
+        """Add `--pcd_factors`."""
         option_group(parser, GROUP).add_argument(
             "--pcd_factors",
             type=float,
@@ -250,11 +250,11 @@ class PooledCubeDistillation(Part):
         return opts.pcd_factors is not None and task.step > 0
 
     def taps(self, forward: Taps) -> tuple[Tensor, ...]:
-        """The activated stages, pre_logits, and the logits with as many channels as the teacher's."""
+        """The activated stages, pre_logits, and the first channels of the logits, as many as the teacher has."""
         return (*forward.stages, forward.pre_logits, cube.fold_new_classes(forward.logits_small, self.task.num_old))
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """{"pcd/spatial", "pcd/channel"}, scheduled by sqrt(C / C_new)."""
+        """{"pcd/spatial", "pcd/channel"}, times sqrt(C / C_new)."""
         features, logits, stages, pre_logits = (class_growth(self.task) * factor for factor in self.opts.pcd_factors)
         teacher, student = self.taps(batch.teacher), self.taps(batch.student)
         return {
@@ -267,7 +267,7 @@ class PooledCubeDistillation(Part):
         return [TermSpec("pcd/spatial"), TermSpec("pcd/channel")]
 
     def remedies(self) -> dict[str, str]:
-        """Squares of features grow fast."""
+        """Advice for terms that diverge."""
         return dict.fromkeys(("pcd/spatial", "pcd/channel"), "lower --lr or --pcd_factors")
 
 
@@ -284,7 +284,7 @@ class RCIL(Method):
         **{key: value for key, value in MiB.preset.items() if key != "init_balanced"},
         "loss_kd": 100.0,
         "rcil_network": DOUBLED,
-        # The fourth number is that of the logits, which the release cut off the list before it took its last one
+        # The fourth is the factor of the logits: the release removes the last tap from the list before it takes the factor of the last one
         "pcd_factors": [0.01, 0.0005, 0.01, 0.0005],
     }
     task_presets = {

@@ -19,9 +19,9 @@ from methods.base import Previous
 from utils.checkpointing import checkpoint_files
 from utils.errors import UserError
 
-#: Keeps the normalisation of a constant importance finite; the released value.
+#: Added to the range of an importance in its normalisation, as in the release; a constant importance would be divided by 0.
 RANGE_DAMPING = 1e-8
-#: Keeps the path integral finite where a parameter did not move.
+#: ξ, added to the denominator of the path integral, which is 0 where a parameter did not change.
 PATH_DAMPING = 1e-3
 #: The same for RW, whose denominator is a KL divergence.
 SCORE_DAMPING = 1e-8
@@ -34,7 +34,7 @@ def normalised(importance: Tensor) -> Tensor:
 
 
 class Regularizer:
-    """Importance of earlier steps as a penalty, and the measurement of this step's.
+    """The penalty from the importance that earlier steps measured, and the measurement of this step.
 
     Args:
         model: the student, not wrapped.
@@ -73,7 +73,7 @@ class Regularizer:
 
     @torch.no_grad()
     def penalty(self, model: nn.Module) -> Tensor:
-        """The penalty on the parameters as they are.
+        """The penalty on the current parameters.
 
         Returns:
             Scalar, `--reg_importance` included.
@@ -125,7 +125,7 @@ class Regularizer:
 def _read_importance(previous: Previous, kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Importance by kind and parameter name, of the kinds that step t-1 measured.
 
-    The file is not trusted: importance of another shape than its weight, or that is not finite, would end or spoil a training.
+    The file is checked: importance of another shape than its weight, or with NaN, would end or spoil the training.
     """
     state = previous.state
     if not isinstance(state, dict):
@@ -138,7 +138,7 @@ def _read_importance(previous: Previous, kinds: tuple[str, ...]) -> dict[str, di
         if not isinstance(importance, dict) or not all(isinstance(name, str) for name in importance):
             raise _misfit(previous, f"{kind} is no dictionary of parameter names")
         found[kind] = checkpoint_files.without_prefix(importance)
-        found[kind].pop(checkpoint_files.LOSS_WEIGHTS, None)  # which official files have among the weights
+        found[kind].pop(checkpoint_files.LOSS_WEIGHTS, None)  # official files have it among the weights
         for name, value in found[kind].items():
             weight = previous.weights.get(name)
             if weight is None or not isinstance(value, Tensor) or value.shape != weight.shape:
@@ -182,7 +182,7 @@ class FisherRegularizer(Regularizer):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One step of the moving average; gradients that overflowed in half precision are skipped."""
+        """Update the moving average; gradients that overflowed in half precision are skipped."""
         fisher = self.current["fisher"]
         for name, parameter in model.named_parameters():
             if name in fisher and parameter.grad is not None:
@@ -206,7 +206,7 @@ class _PathMixin(Regularizer):
         self._here = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.gradients}
 
     @torch.no_grad()
-    def _walk(self, model: nn.Module) -> None:
+    def _add_to_path(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name in self.gradients:
                 decrease = self.gradients[name] * (self._here[name] - parameter)
@@ -233,8 +233,8 @@ class PathRegularizer(_PathMixin):
         self._remember_gradients(model)
 
     def after_step(self, model: nn.Module) -> None:
-        """Add the decrease of this step."""
-        self._walk(model)
+        """Add the decrease of this iteration."""
+        self._add_to_path(model)
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
@@ -246,11 +246,11 @@ class PathRegularizer(_PathMixin):
                 self.path[name].zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, and the path so far."""
+        """Scores, and the sums of this step so far."""
         return super().state_dict() | {"path": _on_cpu(self.path), "before": _on_cpu(self.before)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the path."""
+        """Restore the scores and the sums of the interrupted step."""
         super().load_state_dict(state)
         _restore(self.path, state["path"])
         _restore(self.before, state["before"])
@@ -280,8 +280,8 @@ class RiemannianRegularizer(_PathMixin, FisherRegularizer):
         self._remember_gradients(model)
 
     def after_step(self, model: nn.Module) -> None:
-        """Add the decrease of this step; after every `--reg_iterations` steps add it to the score."""
-        self._walk(model)
+        """Add the decrease of this iteration; every `--reg_iterations` iterations add the sum to the score."""
+        self._add_to_path(model)
         self.iterations += 1
         if self.iterations % self.opts.reg_iterations == 0:
             self._score(model)
@@ -305,12 +305,12 @@ class RiemannianRegularizer(_PathMixin, FisherRegularizer):
                 score.add_(old.to(score)).mul_(0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """Importances, and the path so far."""
+        """Importances, and the sums of this step so far."""
         extra = {"path": _on_cpu(self.path), "before": _on_cpu(self.before), "iterations": self.iterations}
         return super().state_dict() | extra
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the path."""
+        """Restore the scores and the sums of the interrupted step."""
         super().load_state_dict(state)
         _restore(self.path, state["path"])
         _restore(self.before, state["before"])

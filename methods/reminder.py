@@ -1,12 +1,12 @@
-"""REMINDER: PLOP, and distillation of outputs on new pixels, weighted by how similar the new class is to each old one.
+"""REMINDER: PLOP, and a distillation of outputs on new pixels, weighted by the similarity of the new class to each old one.
 
-ce, pod     as in PLOP; the adaptive factor is trusted old pixels / old pixels, without PLOP's 1e-6          (methods/plop.py)
-csw         --csw_kd · CSW-KD; r of --delta_csw                                                         (utils.class_similarity)
+ce, pod     as in PLOP; the adaptive factor is pseudo-labelled old pixels / old pixels, without PLOP's 1e-6  (methods/plop.py)
+csw         --csw_kd · CSW-KD, whose r is --delta_csw                                                   (utils.class_similarity)
 prototypes  at the end of every step, step 0 included: the mean feature of each class of the step, which the next step compares
             its own classes with
 
-The prototypes are the part's state in the checkpoint, summed over processes; the release has a file of its own, which every process
-writes. Each process distils on its own batch, as released.
+The prototypes are computed from the images of all processes and stored as the state of the part in the checkpoint; in the release every
+process writes a separate file. Each process distils on its own batch, as in the release.
 
 Reference: "Class Similarity Weighted Knowledge Distillation for Continual Semantic Segmentation", CVPR 2022.
 """
@@ -54,7 +54,7 @@ class SimilarityDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Factor and filter."""
+        """Add the factor and the threshold of the similarities."""
         group = option_group(parser, "class similarity (REMINDER)")
         group.add_argument(
             "--csw_kd", type=float, default=0.0, help="factor of the distillation weighted by class similarity"
@@ -68,14 +68,14 @@ class SimilarityDistillation(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """At every step, with --csw_kd: step 0 leaves the first prototypes."""
+        """At every step, with --csw_kd: step 0 stores the first prototypes."""
         return opts.csw_kd > 0 and not task.domain
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """The prototypes of step t−1.
+        """Read the prototypes of step t−1.
 
         Raises:
-            UserError: it left none, or none that fit.
+            UserError: step t−1 stored no prototypes, or those of another shape.
         """
         weight = model.cls[0].weight
         if self.task.step == 0:
@@ -111,15 +111,14 @@ class SimilarityDistillation(Part):
         return [TermSpec("csw")] if self.task.step else []
 
     def remedies(self) -> dict[str, str]:
-        """The factor."""
+        """Advice for a distillation that diverges."""
         return {"csw": "lower --lr or --csw_kd"}
 
     @torch.no_grad()
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
-        """One pass over the step's images: the mean over batches of each class's mean feature in the batch.
+        """Compute, in one pass over the step's images, the mean over batches of each class's mean feature in the batch.
 
-        A batch is that of all processes together. A class that no batch has keeps a row of zeros; the rows of old classes stay as
-        they are.
+        A batch is that of all processes together. The row of a class that no batch shows is 0; the rows of old classes are not changed.
         """
         task, weight = self.task, model.cls[0].weight
         means = class_similarity.PrototypeMeans(task.num_old, task.num_total, weight.shape[1], distributed.sum_)
@@ -137,7 +136,7 @@ class SimilarityDistillation(Part):
         return {"prototypes": self.prototypes.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the prototypes."""
         structure.require_fit({"prototypes": self.prototypes}, state, f"state/method/{self.state_key}")
         self.prototypes = state["prototypes"].to(self.prototypes)
 

@@ -1,4 +1,4 @@
-"""SDR: MiB's losses, and the body's features drawn to running class means, kept apart, matched with old classes, and made sparse.
+"""SDR: MiB's losses, and four losses of the body's features: attraction, repulsion, matching with prototypes, and sparsity.
 
 With ỹ the labels at the size of the body's output and P the running mean feature of each class (prototypes)    (utils.latent_space)
 
@@ -8,14 +8,14 @@ With ỹ the labels at the size of the body's output and P the running mean feat
     sparsity    --loss_featspars · how evenly a position's features are spread over the channels                  every step
 
 P and the numbers of features behind it are the state of the part in the checkpoint. They are updated in every iteration of every step,
-with the features of all processes (released: each process has its own), if one of the first three is on. Step 0 must leave
+with the features of all processes (in the release each process has its own), if one of the first three losses is on. Step 0 must store
 them: --method SDR, or --unce --loss_de_prototypes 1 as in the official script. The new classifier starts from PyTorch's own values.
 
-The release has slips that its numbers were obtained with; --sdr_mend corrects those that it names:
-    reshape     features of a class are given the shape of a matrix without a transpose, which mixes images and channels
+The published numbers were obtained with errors in the release; --sdr_mend corrects the ones that are named:
+    reshape     features of a class are reshaped to a matrix without a transpose, which mixes images and channels
     mean        the attraction divides its running sum by the number of classes at every class
-    background  the smallest class of the batch is left out where the background is meant
-    ignore      255 is a class of the sparsity's normalisation
+    background  the smallest class of the batch is left out, where it should be the background
+    ignore      the normalisation of the sparsity takes 255 as a class
 
 Reference: "Continual Semantic Segmentation via Repulsion-Attraction of Sparse and Disentangled Latent Representations", CVPR 2021.
 """
@@ -40,14 +40,14 @@ from utils.options.rules import LARGE
 from utils.runtime import distributed
 from utils.types import Batch
 
-#: Slips of the release that --sdr_mend corrects.
+#: Errors of the release that --sdr_mend corrects.
 SLIPS = ("reshape", "mean", "background", "ignore")
 #: Title of the options in the help.
 GROUP = "latent space (SDR)"
 
 
 def mends(opts: Namespace, slip: str) -> bool:
-    """Whether `--sdr_mend` names a slip."""
+    """Whether `--sdr_mend` names this error."""
     return slip in (opts.sdr_mend or ())
 
 
@@ -57,7 +57,7 @@ def needs_prototypes(opts: Namespace) -> bool:
 
 
 class LatentPrototypes(Part):
-    """Attraction, repulsion and matching, and the running class means behind them."""
+    """Attraction, repulsion and matching, and the running class means that they use."""
 
     needs_teacher = True
     state_key = "sdr"
@@ -84,7 +84,7 @@ class LatentPrototypes(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The factors, and what is mended."""
+        """Add the factors, and the choice of corrections."""
         group = option_group(parser, GROUP)
         add = group.add_argument
         add(
@@ -100,14 +100,14 @@ class LatentPrototypes(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """At every step: step 0 leaves the first prototypes."""
+        """At every step, if a loss reads prototypes: step 0 stores the first ones."""
         return needs_prototypes(opts) and not task.domain
 
     def attach(self, model: SegmentationModel, teacher: nn.Module | None, previous: Previous) -> None:
-        """The prototypes of step t−1, and zeros for the new classes.
+        """Read the prototypes of step t−1, and add zeros for the new classes.
 
         Raises:
-            UserError: it left none, or none that fit.
+            UserError: step t−1 stored no prototypes, or those of another shape.
         """
         old, channels = self.task.num_old, model.body.out_channels
         device = next(model.parameters()).device
@@ -132,7 +132,7 @@ class LatentPrototypes(Part):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """{"attraction", "repulsion", "matching"}, those with a factor, from step 1 on.
 
-        The new prototypes are used at once and kept when the iteration has moved the parameters.
+        The losses use the updated prototypes. `after_step` stores them, so an iteration that is skipped does not change them.
         """
         opts, features = self.opts, batch.student.body
         labels = latent_space.at_size(batch.truth, features.shape[-2:])
@@ -155,12 +155,12 @@ class LatentPrototypes(Part):
         return named
 
     def _background(self) -> str:
-        """What is left out where the background is meant."""
+        """Which class is left out as the background: a choice of `utils.latent_space`."""
         return "background" if mends(self.opts, "background") else "first"
 
     @torch.no_grad()
     def _updated(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Prototypes and counts with the features of this batch of all processes."""
+        """Prototypes and counts, updated with this batch of all processes."""
         opts, task = self.opts, self.task
         sums, numbers = latent_space.class_sums(features, labels, task.num_total, mends(opts, "reshape"))
         joined = distributed.sum_(torch.cat([sums, numbers[:, None]], dim=1).double())  # (C, D+1)
@@ -169,12 +169,12 @@ class LatentPrototypes(Part):
         return latent_space.updated_prototypes(self.prototypes, self.counts, joined[:, :-1], joined[:, -1].long(), skip)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Keep the prototypes; an iteration that is skipped as not finite does not get here."""
-        assert self.pending is not None, "terms come before"
+        """Store the updated prototypes. Not called for an iteration that is skipped as not finite."""
+        assert self.pending is not None, "`terms` is called before"
         self.prototypes, self.counts = self.pending
 
     def term_specs(self) -> list[TermSpec]:
-        """The terms, measured at the last stage of the body, which they look at."""
+        """The terms, measured at the last stage of the body, whose output they are computed from."""
         factors = {
             "attraction": self.opts.loss_fc,
             "repulsion": self.opts.lfc_sep_clust,
@@ -183,29 +183,29 @@ class LatentPrototypes(Part):
         return [TermSpec(name, "stage4") for name, factor in factors.items() if factor > 0 and self.task.step]
 
     def remedies(self) -> dict[str, str]:
-        """The factors."""
+        """Advice for terms that diverge."""
         flags = {"attraction": "--loss_fc", "repulsion": "--lfc_sep_clust", "matching": "--loss_de_prototypes"}
         return {name: f"lower --lr or {flag}" for name, flag in flags.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Prototypes, and the numbers of features behind them."""
+        """Prototypes, and the numbers of features that they are means of."""
         return {"prototypes": self.prototypes.cpu(), "count_features": self.counts.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore prototypes and numbers."""
         structure.require_fit(self.state_dict(), state, f"state/method/{self.state_key}")
         self.prototypes, self.counts = state["prototypes"].to(self.prototypes), state["count_features"].to(self.counts)
 
 
 def _is_like(value: object, shape: tuple[int, ...], floating: bool) -> bool:
-    """Whether a value that was read is a tensor of that shape, of finite floating numbers, or of whole ones from 0."""
+    """Whether a value is a tensor of that shape: of finite floating point numbers, or (not floating) of integers from 0."""
     if not isinstance(value, Tensor) or value.shape != shape or value.is_floating_point() != floating:
         return False
     return bool(value.isfinite().all()) and (floating or bool((value >= 0).all()))
 
 
 class Sparsity(Part):
-    """Few channels that respond at each position."""
+    """Sparsity: at each position few channels should have large values."""
 
     rules = Rules(
         ranges={"loss_featspars": (0, LARGE)},
@@ -217,7 +217,7 @@ class Sparsity(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Factor and form."""
+        """Add the factor and the form of the loss."""
         group = option_group(parser, GROUP)
         add = group.add_argument
         add("--loss_featspars", type=float, default=0.0, help="factor of the sparsity of features, at every step")
@@ -252,7 +252,7 @@ class Sparsity(Part):
         return [TermSpec("sparsity", "stage4")]
 
     def remedies(self) -> dict[str, str]:
-        """The factor."""
+        """Advice for a sparsity that diverges."""
         return {"sparsity": "lower --lr or --loss_featspars"}
 
 

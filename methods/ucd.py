@@ -4,14 +4,14 @@ ce, kd        as in MiB                                                         
 contrastive   --ucd · contrastive distillation at --ucd_temperature, step ≥ 1                 (utils.contrastive)
 --ucd_freeze  the classifier of step 0 is not trained
 
-The published trainer does not run past step 0; this is the trainer with its calls mended. What it then computes has slips, which are
-the default here. --ucd_mend corrects those that it names:
-    labels       the annotation is averaged to the size of the features, and 255 with it: borders get labels of other classes
+The published trainer stops after step 0. The behaviour here is that of the trainer with its calls corrected. It contains errors, which
+are the default here; --ucd_mend corrects the ones that are named:
+    labels       the annotation, 255 included, is averaged to the size of the features: borders get labels of other classes
     denominator  the negatives in the denominator are not shifted by the maximum, as the positive is
-and --ucd_freeze later trains the classifier in step 0, where the release leaves it at its random start.
+With --ucd_freeze later the classifier is trained in step 0; in the release it keeps its random weights.
 
-The release takes labels above 20, VOC's last class, for none; here that holds above the task's last class if that is greater. Each
-process compares the positions of its own batch, as released.
+The release ignores labels above 20, VOC's last class; here labels above the task's last class are ignored if that is greater than 20.
+Each process compares the positions of its own batch, as in the release.
 
 Reference: "Uncertainty-aware Contrastive Distillation for Incremental Semantic Segmentation", TPAMI 2022.
 """
@@ -33,14 +33,14 @@ from utils.options.groups import option_group
 from utils.options.rules import LARGE
 from utils.types import Batch
 
-#: Slips of the release that --ucd_mend corrects.
+#: Errors of the release that --ucd_mend corrects.
 SLIPS = ("labels", "denominator")
 #: Title of the options in the help.
 GROUP = "contrastive distillation (UCD)"
 
 
 class ContrastiveDistillation(Part):
-    """Features of one class are drawn together, those of different ones apart."""
+    """Contrastive loss: makes features of one class similar, and features of different classes dissimilar (--ucd)."""
 
     needs_teacher = True
     rules = Rules(
@@ -52,7 +52,7 @@ class ContrastiveDistillation(Part):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Factor, temperature, and what is mended."""
+        """Add the factor, the temperature, and the choice of corrections."""
         add = option_group(parser, GROUP).add_argument
         add("--ucd", type=float, default=0.0, help="factor of the contrastive distillation")
         add("--ucd_temperature", type=float, default=contrastive.TEMPERATURE, help="temperature of the cosines")
@@ -77,18 +77,18 @@ class ContrastiveDistillation(Part):
         return [TermSpec("contrastive")]
 
     def remedies(self) -> dict[str, str]:
-        """The factor."""
+        """Advice for a contrastive loss that diverges."""
         return {"contrastive": "lower --lr or --ucd"}
 
 
 class FrozenFirstClassifier(Part):
-    """The classifier of background and the classes of step 0 is not trained; its background may still be rebalanced at the start."""
+    """The classifier of background and the classes of step 0 is not trained. Balanced initialisation may still change its background."""
 
     rules = Rules(classes_only={"ucd_freeze": lambda when: when != "never"})
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """When."""
+        """Add `--ucd_freeze`."""
         when = "steps that do not train the classifier of step 0: always, later ones, never"
         option_group(parser, GROUP).add_argument(
             "--ucd_freeze", default="never", choices=["always", "later", "never"], help=when
@@ -96,11 +96,11 @@ class FrozenFirstClassifier(Part):
 
     @classmethod
     def enabled(cls, opts: Namespace, task: Task) -> bool:
-        """With --ucd_freeze always, and from step 1 on with later."""
+        """With --ucd_freeze always; with --ucd_freeze later, from step 1 on."""
         return opts.ucd_freeze == "always" or (opts.ucd_freeze == "later" and task.step > 0)
 
     def frozen(self, model: SegmentationModel) -> Iterable[nn.Module | nn.Parameter]:
-        """One classifier, or two, where one holds background modes alone."""
+        """The first classifier; the first two if the first one consists of background modes."""
         return list(model.cls)[: 1 if model.cls.background_modes == 1 else 2]
 
 

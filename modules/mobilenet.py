@@ -170,7 +170,7 @@ def torchvision_names() -> dict[str, str]:
     for index, (block, expansion) in enumerate(blocks, 1):
         last = (
             2 if expansion == 1 else 3
-        )  # number of the projection; each conv before it is in a Sequential with its norm
+        )  # number of the projection; the convs before it are in a Sequential with their norm
         for j in range(1, last):
             names[f"features.{index}.conv.{j - 1}.0"] = f"{block}.convs.conv{j}"
             names[f"features.{index}.conv.{j - 1}.1"] = f"{block}.convs.bn{j}"
