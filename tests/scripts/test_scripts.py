@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import argparser
-from dataset import tasks
+from dataset import load_task, tasks
 from scripts import average_csv, launch
 from tests.support.paths import ROOT
 
 SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")])
-SCHEDULES = [path for path in SHELL if path.parent.name in ("voc", "ade", "cityscapes")]
+SCHEDULES = [path for path in SHELL if path.parent.name in ("voc", "ade", "cityscapes") and path.stem != "5-3"]
 DATASETS = {"voc": "voc", "ade": "ade", "cityscapes": "cityscapes_domain"}
 
 #: Stands in for an interpreter or a launcher: notes its arguments, a JSON list a line, and does nothing. Its second line is a command to
@@ -130,6 +130,8 @@ PUBLISHED = [
     ("voc/10-1", "MiB+EWF", [30, 30], [0.01, 0.001], 24),
     ("ade/100-50", "MiB+EWF", [60, 60], [0.01, 0.001], 48),
     ("ade/100-10", "MiB+EWF", [60, 60], [0.01, 0.001], 24),
+    ("voc/5-3", "MiB+AWT", [30, 30], [0.02, 0.001], 24),
+    ("voc/5-3", "PLOP+EWF", [30, 30], [0.01, 0.001], 24),
     ("voc/19-1", "SDR", [30, 30], [0.001, 0.0001], 8),
     ("voc/15-5", "SDR", [30, 30], [0.01, 0.001], 24),
     ("ade/100-10", "SDR", [60, 60], [0.01, 0.001], 4),
@@ -152,6 +154,17 @@ def test_learning_rates_of_methods_that_came_later(path, method, rates, project,
     monkeypatch.chdir(project)
     steps = commands(project, path, METHOD=method, STEPS="0 1", DATA_ROOT="my data")[:-1]
     assert [parsed(command).lr for command in steps] == [[rate] for rate in rates]
+
+
+def test_voc_5_3_runs_every_step_of_its_task_file(project, monkeypatch):
+    monkeypatch.chdir(project)
+    *steps, summary = commands(project, "scripts/voc/5-3.sh", METHOD="MiB+EWF", DATA_ROOT="my data", DATE="d")
+    options = [parsed(command) for command in steps]
+    assert [opts.step for opts in options] == [[step] for step in range(6)]
+    assert all(opts.overlap and opts.resume and opts.dataset == "voc" for opts in options)
+    task = load_task(options[0], 0)
+    assert task.steps == (tuple(range(6)), *((c, c + 1, c + 2) for c in (6, 9, 12, 15, 18)))
+    assert summary == ["python", "scripts/average_csv.py", f"results/d_voc_{task.name}_MiB+EWF.csv"]
 
 
 def test_sdr_on_voc_19_1_is_the_official_script(project, monkeypatch):
