@@ -212,6 +212,7 @@ class PodDistillation(Part):
     rules = Rules(
         ranges={
             "pod_factor": (0, LARGE),
+            "pod_coef": (0, LARGE),
             "pod_deeplab_mask_factor": (0, LARGE),
             "spp_scales": (1, 2**12),
         },
@@ -226,7 +227,11 @@ class PodDistillation(Part):
                 lambda o: o.pod is not None,
                 ["pod_factor", "pod_prepro", "pod_apply", "pod_interpolate_last"],
             ),
-            ("--pod without --mask_rule", lambda o: o.pod is not None and o.mask_rule is None, ["no_pod_schedule"]),
+            (
+                "--pod without --mask_rule",
+                lambda o: o.pod is not None and o.mask_rule is None,
+                ["no_pod_schedule", "pod_coef"],
+            ),
             ("--pod without --pod_logits", lambda o: not o.pod_logits, ["pod_large_logits"]),
             ("--pod local or global", lambda o: o.pod in ("local", "global"), ["spp_scales"]),
             (
@@ -236,7 +241,16 @@ class PodDistillation(Part):
             ),
         ],
         later=[
-            *("pod", "pod_factor", "pod_options", "pod_prepro", "no_pod_schedule", "pod_apply", "spp_scales"),
+            *(
+                "pod",
+                "pod_factor",
+                "pod_coef",
+                "pod_options",
+                "pod_prepro",
+                "no_pod_schedule",
+                "pod_apply",
+                "spp_scales",
+            ),
             *("pod_deeplab_mask", "pod_deeplab_mask_factor", "deeplab_mask_downscale", "pod_interpolate_last"),
             *("pod_logits", "pod_large_logits"),
         ],
@@ -251,6 +265,7 @@ class PodDistillation(Part):
         kinds = ["spatial", "local", "global"]
         add("--pod", type=str, default=None, choices=kinds, help="pooling of the features")
         add("--pod_factor", type=float, default=5.0, help="factor of the distillation")
+        add("--pod_coef", type=float, default=1.0, help="factor of the whole term, as in NeST's release")
         add("--pod_options", type=loads, default=None, help='JSON: {"switch": {"before": {...}, "after": {...}}}')
         add("--pod_prepro", type=str, default="pow", help="applied to features first: pow, none, abs or relu")
         switch("--no_pod_schedule", help="no factor sqrt(classes / new classes)")
@@ -287,7 +302,8 @@ class PodDistillation(Part):
         distances = pod.pod_terms(
             self.taps(batch.teacher), self.taps(batch.student), self.options, None, batch.labels, self.task.num_old
         )
-        return {"pod": pod.pod_loss(distances, 1.0 if self.opts.no_pod_schedule else class_growth(self.task))}
+        schedule = 1.0 if self.opts.no_pod_schedule else class_growth(self.task)
+        return {"pod": pod.pod_loss(distances, schedule * self.opts.pod_coef)}
 
     def term_specs(self) -> list[TermSpec]:
         """The mean over the taps, measured at the head."""

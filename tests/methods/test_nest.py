@@ -246,6 +246,13 @@ def test_an_option_of_the_release_that_no_script_sets_is_refused(capsys):
     assert "--unkd_in_warm" in capsys.readouterr().err
 
 
+def test_the_releases_factor_of_the_pod_term():
+    images, labels = thin.images(2), thin.bands(0, 4, 5)
+    plain, scaled = (thin.Step(f"--method PLOP+NeST {words}").terms(images, labels) for words in ("", "--pod_coef 2.5"))
+    torch.testing.assert_close(scaled["pod"], 2.5 * plain["pod"])
+    torch.testing.assert_close(scaled["ce"], plain["ce"])
+
+
 def test_domains_have_no_new_classifier(tmp_path, capsys):
     words = f"--data_root '{tmp_path}' --dataset cityscapes_domain --task 11-5 --method MiB+NeST --step 1"
     assert thin.launch(tmp_path, words) == 2
