@@ -40,6 +40,8 @@ _MODES_OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "Y
 _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
 
+_TOO_LARGE = "there is a limit of {} pixels: make it smaller, or cut it into parts"
+
 
 def _open(path: str, what: str) -> Image.Image:
     """The opened, not yet decoded image; UserError that names the file where that fails."""
@@ -49,11 +51,13 @@ def _open(path: str, what: str) -> Image.Image:
         image = Image.open(path, formats=_FORMATS)
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{what} {path} has too many pixels; {_TOO_LARGE.format(Image.MAX_IMAGE_PIXELS)}") from None
     except Exception as error:  # decoders raise a dozen types on damaged files
         raise UserError(f"{what} {path} cannot be read: {_reason(error, path)}") from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise UserError(f"{what} {path} has {image.width} x {image.height} pixels, more than the limit of {limit}")
+        raise UserError(f"{what} {path} has {image.width} x {image.height} pixels; {_TOO_LARGE.format(limit)}")
     return image
 
 

@@ -118,7 +118,7 @@ def mask_is_a_bomb(root, name="train3"):
         (mask_is_a_pipe, "no regular file"),
         (mask_is_a_program, "cannot identify image file"),
         (mask_of_another_size, "has 24 x 20 pixels, its mask 24 x 21"),
-        (mask_is_a_bomb, "cannot be read"),
+        (mask_is_a_bomb, "has too many pixels; there is a limit of 89478485"),
         (mask_is_a_jpeg, "is stored as JPEG, which changes class ids"),
         (mask_is_a_tiff_packed_as_jpeg, "is stored as TIFF (jpeg), which changes class ids"),
     ],

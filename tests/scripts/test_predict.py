@@ -20,6 +20,8 @@ from utils.checkpointing import checkpoint_files
 from utils.reporting.visualize import colour_map
 
 CHECKPOINT = "6-2-shapes_n_1.pth"
+#: What is written for all pictures together.
+SHARED = ["areas.json", "legend.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def whole(predictor, pixels):
 def test_folders_and_whole_stems_are_kept(trained, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert go(trained, photos, "--out", out) == 0
-    assert results(out) == ["a.overlay.png", "a.png", "trip/frame.001.overlay.png", "trip/frame.001.png"]
+    assert results(out) == ["a.overlay.png", "a.png", *SHARED, "trip/frame.001.overlay.png", "trip/frame.001.png"]
     assert f"2 pictures -> {out}" in capsys.readouterr().out
 
 
@@ -87,8 +89,9 @@ def test_results_are_those_of_the_network(trained, photos, tmp_path):
             assert (ids.mode, over.mode) == ("P", "RGB")
             assert (np.array(ids) == expected).all()
             assert (np.array(ids.convert("RGB")) == colour_map()[expected]).all()
-            half = 0.5 * pixels + 0.5 * colour_map()[expected]
-            assert np.abs(np.array(over) - half).max() <= 1
+            shown = 0.5 * pixels + 0.5 * colour_map()[expected]
+            shown[expected == 0] = pixels[expected == 0]  # the background is not darkened
+            assert np.abs(np.array(over) - shown).max() <= 1
 
 
 def test_ids_are_those_of_the_data_set(trained, photos, tmp_path):
@@ -145,7 +148,7 @@ def test_equal_names_in_two_folders_have_results_of_their_own(trained, tmp_path)
         save_image(tmp_path / folder / "x.jpg", 1)
     assert go(trained, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "one") == 0
     assert go(trained, tmp_path / "a/x.jpg", tmp_path / "b/x.jpg", "--out", tmp_path / "two") == 0
-    expected = ["a/x.overlay.png", "a/x.png", "b/x.overlay.png", "b/x.png"]
+    expected = sorted(["a/x.overlay.png", "a/x.png", "b/x.overlay.png", "b/x.png", *SHARED])
     assert results(tmp_path / "one") == results(tmp_path / "two") == expected
 
 
@@ -214,7 +217,8 @@ def test_one_bad_picture_does_not_end_the_others(trained, photos, tmp_path, caps
     assert str(photos / "b.png") in said.err and "Traceback" not in said.err
     assert said.err.splitlines()[-1] == "error: 1 of 3 pictures could not be segmented"
     assert "2 pictures ->" in said.out
-    assert results(tmp_path / "out") == ["a.overlay.png", "a.png", "trip/frame.001.overlay.png", "trip/frame.001.png"]
+    expected = ["a.overlay.png", "a.png", *SHARED, "trip/frame.001.overlay.png", "trip/frame.001.png"]
+    assert results(tmp_path / "out") == expected
 
 
 def test_a_picture_that_does_not_fit_into_the_memory(trained, photos, tmp_path, capsys, monkeypatch):

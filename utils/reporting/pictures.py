@@ -206,6 +206,29 @@ def panel(sample: Sample, legend: Legend, title: str) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def draw_legend(entries: Sequence[tuple[str, tuple[int, ...]]], per_column: int = 30) -> Image.Image:
+    """Names beside their colours, in columns.
+
+    Args:
+        entries: (name, (red, green, blue)) of each class.
+        per_column: greatest number of entries of a column.
+    """
+    font, line, box = ImageFont.load_default(15), 24, 16
+    columns = [entries[start : start + per_column] for start in range(0, len(entries), per_column)]
+    widths = [box + 22 + round(max(font.getlength(name) for name, _ in column)) for column in columns]
+    rows = max(map(len, columns), default=0)
+    picture = Image.new("RGB", (_MARGIN + sum(widths), 2 * _MARGIN + line * rows), "white")
+    draw = ImageDraw.Draw(picture)
+    left = _MARGIN
+    for column, width in zip(columns, widths):
+        for number, (name, colour) in enumerate(column):
+            top = _MARGIN + number * line
+            draw.rectangle((left, top + 3, left + box, top + 3 + box), fill=colour, outline="gray")
+            draw.text((left + box + 8, top + 2), name, fill="black", font=font)
+        left += width
+    return picture
+
+
 def _wrap(widths: Sequence[int], room: int) -> list[list[tuple[int, int]]]:
     """Lines of (index, abscissa) into which items of these widths fit."""
     lines: list[list[tuple[int, int]]] = [[]]
