@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit, and that run no code when they are read.
+"""Reading and writing of checkpoints, safe against kills, full disks, damaged files and files that contain code.
 
 A file is written under another name, flushed to the disk, read back and verified, and only then renamed over the previous one, so
-that a good checkpoint is never replaced by a damaged one. It contains a checksum. Before a file is read with `weights_only=True`,
+a good checkpoint is never replaced by a damaged one. It contains a checksum. Before a file is read with `weights_only=True`,
 its pickle is scanned (`pickle_scan`): it must contain tensors and plain Python values only, as the official checkpoints do.
 """
 
@@ -35,28 +35,28 @@ LOSS_WEIGHTS = "head.lossweights"
 
 CHECKSUM = "checksum"
 
-#: Marks files of this program, so that a file whose checksum entry is damaged is not mistaken for an official one.
+#: Key of files of this program. A file that has it needs a checksum, so damage of the checksum entry is noticed.
 FORMAT, FORMAT_VERSION = "format", "class-incremental-1"
 
-#: Keys that no official file has; they identify files of this program in which the mark is damaged too.
+#: Keys that no official file has; they identify files of this program whose format key is damaged.
 OWN_KEYS = frozenset(("options", "task", "state"))
 
 #: Bytes of a file for each tensor besides its numbers: name in the weights, entry in the archive, padding.
 RECORD_BYTES = 512
 
-#: Sizes of the pickle in a checkpoint, in bytes; that of a ResNet-101 with its momenta has 0.1 MB.
+#: Largest size of the pickle in a checkpoint, in bytes; that of a ResNet-101 with its momenta has 0.1 MB.
 LARGEST_PICKLE = 1 << 26
 
-#: How the format of torch < 1.6 begins: with the pickle of this number, one of five pickles before the bytes of the tensors.
+#: First bytes of the format of torch < 1.6: the pickle of a constant, the first of five pickles before the bytes of the tensors.
 LEGACY_START, LEGACY_PICKLES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2), 5
 
 
 def _numpy_scalars() -> list:
-    """Types in official files besides tensors: numpy floats, which are scores. Plain data, no code."""
+    """Types in official files beside tensors: numpy numbers, in which scores are stored. They contain no code."""
     multiarray = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
     allowed: list = [multiarray.scalar, np.dtype]
-    if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5 takes names beside objects
-        # Files written by numpy 1 name numpy.core, those of numpy 2 numpy._core: both stand for the same function.
+    if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5 accepts (object, name)
+        # Files written with numpy 1 name the module numpy.core, with numpy 2 numpy._core; the function is the same.
         allowed += [(multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return allowed + [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
 
@@ -107,9 +107,9 @@ def save(path: str | os.PathLike, state: dict[str, Any], before: Path | None = N
     """Write a checkpoint so that the path holds either the previous file or this one, complete and verified.
 
     Args:
-        path: where it goes; missing folders are made.
+        path: of the file; missing folders are created.
         state: tensors and plain values. A "checksum" entry is added to the file.
-        before: where the previous file is kept, or None. A kill between the two renames leaves it there and no file at the path.
+        before: where the previous file is kept, or None. After a kill between the two renames it is there, and no file is at the path.
 
     Raises:
         OSError: the disk is full or broken; the previous file is untouched and no partial file is left.
@@ -131,7 +131,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], before: Path | None = N
         reason = error.strerror or str(error)
         raise OSError(
             error.errno,
-            f"the checkpoint cannot be written ({reason}); make room or mend the disk, then repeat the command",
+            f"the checkpoint cannot be written ({reason}); free some space or repair the disk, then repeat the command",
             str(path),
         ) from error
     finally:
@@ -153,7 +153,7 @@ def _read_back(path: Path) -> None:
     try:
         load(path)
     except UserError as error:
-        raise OSError(errno.EIO, "it reads back damaged") from error
+        raise OSError(errno.EIO, "it is damaged when it is read back") from error
 
 
 def discard(path: str | os.PathLike) -> None:
@@ -164,13 +164,13 @@ def discard(path: str | os.PathLike) -> None:
 
 
 def keep(path: Path, kept: Path) -> Path | None:
-    """Give a checkpoint a second name, under which it stays when it is replaced; what had that name before is gone.
+    """Give a checkpoint a second name, under which it is kept when it is replaced. A file that had this name is deleted.
 
     Returns:
         The second name; None if there is no checkpoint.
 
     Raises:
-        OSError: the file system has no room for a copy, where it has no hard links.
+        OSError: the file system has no hard links, and no space for a copy.
     """
     if not path.is_file():
         return None
@@ -183,7 +183,7 @@ def keep(path: Path, kept: Path) -> Path | None:
             shutil.copy2(path, aside)
         os.replace(aside, kept)
     finally:
-        aside.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        aside.unlink(missing_ok=True)  # renaming between two hard links of one file has no effect
     return kept
 
 
@@ -193,7 +193,7 @@ def _aside(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write a rename to the disk, on systems that can open folders."""
+    """Flush a rename to the disk, on systems that can open folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -209,7 +209,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         path: a file of this program or an official one.
 
     Returns:
-        The dictionary it holds, without checksum and format mark.
+        Its dictionary, without checksum and format key.
 
     Raises:
         UserError: missing, truncated or damaged, not a checkpoint, or holding more than tensors and plain values.
@@ -251,28 +251,28 @@ def _read(path: Path) -> Any:
     if start.startswith(b"PK\x03\x04"):
         _scan_archive(path)
     elif start == LEGACY_START:
-        # From memory: given a file, torch looks first whether it is a tar archive, the oldest format, which is unpacked to disk
+        # From memory: torch would check whether a file is a tar archive, the oldest format, and unpack it to disk
         source = io.BytesIO(path.read_bytes())
         scan = PickleScan(path.stat().st_size)
         for _ in range(LEGACY_PICKLES):
             scan.follow(source)
         source.seek(0)
     else:
-        raise ValueError("it begins like no file of torch")
+        raise ValueError("its first bytes are not those of a file of torch")
     with _allowing_numpy_scalars(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged file may be unpickled into what torch or numpy warn of
+        warnings.simplefilter("ignore")  # torch and numpy may warn of the values in a damaged file
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def _scan_archive(path: Path) -> None:
-    """Refuse an archive whose records or whose pickle are not those of a checkpoint."""
+    """Refuse an archive whose records or pickle are not those of a checkpoint."""
     file_size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         sizes = {record.filename.partition("/")[2]: record.file_size for record in archive.infolist()}
         packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
-        if packed or sum(record.file_size for record in archive.infolist()) > file_size:  # torch packs nothing
+        if packed or sum(record.file_size for record in archive.infolist()) > file_size:  # torch does not compress
             raise Refused("records that unpack to more than its size")
-    # The same reader as in `torch.load`: another one might find another pickle in a crafted archive
+    # The reader of `torch.load`; another reader might read another pickle from a crafted archive
     reader = torch._C.PyTorchFileReader(str(path))
     if sorted(reader.get_all_records()) != sorted(sizes) or sizes["data.pkl"] > LARGEST_PICKLE:
         raise Refused("strange records")
@@ -284,10 +284,10 @@ def require_places(*paths: Path) -> None:
     """Refuse to start if a file could not be written because something else, such as a folder, has its name.
 
     Args:
-        paths: of files that will be written, checkpoints or others; the names used while writing are checked too.
+        paths: of files that will be written, checkpoints or others; the names of temporary files are checked too.
 
     Raises:
-        UserError: names the obstacle.
+        UserError: names the folder or other file that has the name.
     """
     for place in (place for path in paths for place in (path, _aside(path))):
         if place.exists() and not place.is_file():
@@ -332,10 +332,10 @@ def require_space(folder: str | os.PathLike, needed: int) -> None:
 
 
 def with_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Parameter names as the official files have them."""
+    """Add the prefix "module." to parameter names, as in official files."""
     return {PREFIX + name: value for name, value in state.items()}
 
 
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Parameter names without the distributed wrapper's prefix, where they have it."""
+    """Remove the prefix "module." from parameter names that have it."""
     return {name.removeprefix(PREFIX): value for name, value in state.items()}

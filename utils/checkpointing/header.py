@@ -13,7 +13,7 @@ from utils.types import TaskLike
 
 #: Options that do not change the numbers of a run.
 MAY_CHANGE_ON_RESUME = frozenset(
-    # places of files, amount of output
+    # paths of files, amount of output
     (
         "config",
         "preset",
@@ -87,7 +87,7 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether a value is a whole number that a curve can have as its abscissa; True and False are none."""
+    """Whether a value is an integer that a curve can have as its abscissa; True and False are refused."""
     return type(value) is int and 0 <= value < 2**63
 
 

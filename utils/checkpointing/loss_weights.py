@@ -36,10 +36,15 @@ def with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str,
 
 
 def named_loss_weights(path: Path, official: Any, own: Any) -> dict[str, Tensor]:
-    """λ by term: of this program's key, or of `head.lossweights`, whose nine official values have the official order.
+    """λ by term, from the key of this program, or from `head.lossweights` with nine values in the official order.
+
+    Args:
+        path: of the checkpoint, for messages.
+        official: entry `head.lossweights`, or None.
+        own: entry of this program, or None.
 
     Raises:
-        UserError: neither a tensor of finite numbers nor names for its values.
+        UserError: λ is not a tensor of finite numbers, or its terms are not known.
     """
     names: Any = OFFICIAL_TERMS
     values = official

@@ -24,7 +24,7 @@ NETWORK_OPTIONS = (
     *("rcil_network", "rcil_stem"),
 )
 
-#: Number of states of an unfinished step on the disk: the last, the one before it, and the one that is being written.
+#: States of an unfinished step on the disk: the last one, the one before it, and the one that is being written.
 STATES = 3
 
 
@@ -56,21 +56,21 @@ class Store:
         return self.finished(step).with_suffix(".resume.pth")
 
     def before_unfinished(self, step: int) -> Path:
-        """The state before that one, which is used if the last state is damaged."""
+        """The state before `unfinished`, which is used if that one is damaged."""
         return self.finished(step).with_suffix(".resume.before.pth")
 
     def replaced(self, step: int) -> Path:
-        """Checkpoint of the training before, where a finished step was trained again."""
+        """Checkpoint of the earlier training of a step that is trained again."""
         return self.finished(step).with_suffix(".replaced.pth")
 
     def interrupted(self) -> bool:
-        """Whether a run of this step was begun and did not finish."""
+        """Whether a run of this step was started and is not finished."""
         step = self.task.step
         return self.unfinished(step).is_file() or self.before_unfinished(step).is_file()
 
     @property
     def starts_from_file(self) -> bool:
-        """Whether this is the step that `--step_ckpt` precedes."""
+        """Whether this step starts from the checkpoint of `--step_ckpt`."""
         return self.opts.step_ckpt is not None and self.task.step == self.opts.step[0] > 0
 
     def previous(self) -> Path:
@@ -101,7 +101,10 @@ class Store:
         return lock
 
     def check_writable(self, *folders: str) -> None:
-        """Make the folders of checkpoints and outputs, and check before the training that they can be written.
+        """Create the folders of checkpoints and outputs, and check before the training that they can be written.
+
+        Args:
+            folders: those of the outputs.
 
         Raises:
             UserError: names the folder, or what has the name of a file that will be written.
@@ -109,7 +112,7 @@ class Store:
         for folder in (self.folder, *map(Path, folders)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):  # without a name: nothing is left of it after a kill
+                with tempfile.TemporaryFile(dir=folder):  # it has no name, so a kill leaves no file
                     pass
             except OSError as error:
                 raise UserError(
@@ -252,9 +255,10 @@ class Store:
         checkpoint_files.discard(self.unfinished(self.task.step))
 
     def begin(self) -> Path | None:
-        """Mark that the step is started anew, so that `--resume` does not continue the state of an older run.
+        """Record that the step is started anew, so that `--resume` does not continue the state of an older run.
 
-        Returns the file in which the checkpoint that this training will replace is kept, if there is one.
+        Returns:
+            The file in which the checkpoint that this training will replace is kept; None if there is none.
         """
         checkpoint_files.discard(self.before_unfinished(self.task.step))
         self._write_unfinished(None)
@@ -266,7 +270,7 @@ class Store:
         self.damage = ""
 
     def _write_unfinished(self, trainer_state: dict[str, Any] | None, before: Path | None = None) -> None:
-        """Write a state, or that there is none yet."""
+        """Write the state of an unfinished step; None: the step has begun, but has no state yet."""
         state = {"state": trainer_state, "options": plain_options(self.opts), "task": describe(self.task)}
         checkpoint_files.save(self.unfinished(self.task.step), state | self._origin(), before)
 
@@ -275,7 +279,7 @@ class Store:
         return {} if self.previous_sha256 is None else {"previous_sha256": self.previous_sha256}
 
     def load_unfinished(self) -> dict[str, Any] | None:
-        """The interrupted run of this step, or None: its "state" for the trainer, its "options".
+        """The interrupted run of this step: its "state" for the trainer and its "options"; None if there is no such run.
 
         If the last state is damaged, this is the state before it, and `damage` is the reason.
 
@@ -306,7 +310,7 @@ class Store:
         """The finished checkpoint of this step, refused if it was trained with other options or from another step t-1.
 
         Raises:
-            UserError: naming what differs.
+            UserError: names what differs.
         """
         path = self.finished(self.task.step)
         state = read(path)

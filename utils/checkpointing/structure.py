@@ -1,5 +1,7 @@
-"""Checks that a state that was read from a file has the structure of the state that it replaces. Files are not trusted: the optimiser
-would read a momentum that is smaller than its weight beyond its end."""
+"""Checks that a state that was read from a file has the structure of the state that it replaces.
+
+A file may be damaged or crafted; an optimiser, for instance, reads memory beyond the end of a momentum that is smaller than its weight.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-#: What may become part of a file name.
+#: Text that may become part of a file name.
 PART_OF_FILE_NAME = re.compile(r"[\w+=,@ -][\w.+=,@ -]{0,99}", re.ASCII)
 
-#: Exceptions of loading a state with another structure than expected.
+#: Exceptions raised when a state of another structure is loaded.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, OverflowError)
 
 #: Characters of the name of a class or of a loss term.
@@ -28,15 +30,15 @@ IN_PLACE_NORMS = ("iabn_sync", "iabn")
 
 
 def misfit(mine: Any, theirs: Any, place: str) -> str:
-    """The first place at which the structure of a nested state differs from mine.
+    """Find the first place at which the structure of a state that was read differs from the expected one.
 
     Args:
-        mine: dicts, lists, tuples, tensors and plain values. A None fits every number, None and dictionary.
+        mine: the expected state: dicts, lists, tuples, tensors and plain values. None fits every number, None and dictionary.
         theirs: the state that was read.
-        place: name of the whole state.
+        place: name of the whole state, for the result.
 
     Returns:
-        Such as "state/scheduler/last_epoch"; "" if there is none.
+        Such as "state/scheduler/last_epoch"; "" if the structures are equal.
     """
     if isinstance(mine, dict):
         if not isinstance(theirs, dict) or set(mine) != set(theirs):
@@ -58,7 +60,7 @@ def misfit(mine: Any, theirs: Any, place: str) -> str:
 
 
 def require_fit(mine: Any, theirs: Any, place: str) -> None:
-    """Refuse a part of an interrupted run's state whose structure differs from mine.
+    """Refuse a part of an interrupted run's state whose structure differs from the expected one. Arguments as in `misfit`.
 
     Raises:
         UserError: names the first place.
@@ -84,7 +86,7 @@ def check_log(history: Any, meters: Any) -> None:
     """Refuse a history or meters that the trainer could not continue.
 
     Raises:
-        ValueError, TypeError: the history is not a history, or the meters are not sums and a count.
+        ValueError, TypeError: the history is not one (`check_history`), or the meters are not sums and a count.
     """
     check_history(history)
     sums, count = meters
@@ -93,7 +95,7 @@ def check_log(history: Any, meters: Any) -> None:
 
 
 def check_history(history: Any) -> None:
-    """Refuse a history that is not a list with an entry for each epoch, which has the losses and the figures of the balance by name.
+    """Refuse a history that is not a list with an entry for each epoch, which has losses and values of the balance by name.
 
     Args:
         history: of a checkpoint, or of the results that were written from one.
@@ -133,7 +135,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_plain(value: Any, levels: int) -> bool:
-    """Whether this is a plain value or a structure of plain values with text as keys, of at most so many levels."""
+    """Whether this is a plain value, or a structure of plain values with text as keys and at most this many levels."""
     if isinstance(value, dict):
         parts, named = list(value.values()), all(isinstance(key, str) for key in value)
     elif isinstance(value, list):
@@ -154,10 +156,10 @@ def scales_in_place(norm: str) -> bool:
 
 @contextlib.contextmanager
 def refusing_misfits() -> Iterator[None]:
-    """Whatever goes wrong within it is the fault of a state that does not fit.
+    """Context for loading a state: errors of its structure are raised as UserError.
 
     Raises:
-        UserError: a part of the program could not load its state.
+        UserError: a part of the state could not be loaded.
     """
     try:
         yield

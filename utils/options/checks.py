@@ -107,7 +107,7 @@ def check_class_incremental(opts: Namespace) -> None:
 
 
 def check_domain_incremental(opts: Namespace, rules: Sequence[Rules]) -> None:
-    """Refuse what cannot work in a task whose steps are domains: all classes are old from step 1 on, every pixel has its label.
+    """Refuse what cannot work in a task whose steps are domains: all classes are old from step 1 on, every pixel has a label.
 
     Args:
         opts: the parsed command line of such a task.
@@ -134,7 +134,7 @@ def notes(opts: Namespace, rules: Sequence[Rules]) -> list[str]:
         rules: as for `check_all`.
 
     Returns:
-        Flags without effect, what the preset does for this task alone, and options that do nothing here.
+        Flags without effect, what the preset sets for this task only, and options that do nothing here.
     """
     lines = flags.no_effect(opts.explicit)
     if opts.task_preset:
@@ -175,7 +175,7 @@ def _trains(opts: Namespace) -> bool:
 
 
 def _shown(opts: Namespace, dest: str) -> str:
-    """An option as the user wrote it, or with its origin if the user did not write it."""
+    """An option as the user wrote it; if the preset set it, with the name of the method."""
     value = getattr(opts, dest)
     text = "" if value is True else f" {str(value)[:80]}"
     return f"--{dest}{text}{_origin(opts, dest)}"
@@ -192,7 +192,7 @@ def _numbers(opts: Namespace, rules: Sequence[Rules]) -> None:
     for rule in rules:
         for dest, (low, high) in rule.ranges.items():
             for value in _values(opts, dest):
-                if not low <= value <= high:  # a NaN fails this too
+                if not low <= value <= high:  # NaN is refused too
                     raise UserError(
                         f"--{dest} {value:.10g} is out of range; give a value from {low:.10g} to {high:.10g}"
                     )
@@ -252,7 +252,10 @@ def _exclusive(opts: Namespace, rules: Sequence[Rules]) -> None:
 
 
 def _nothing_at_step_0(opts: Namespace, rules: Sequence[Rules]) -> None:
-    """Whether a command line for step 0 has options that only later steps read: then a script uses it for all steps."""
+    """Refuse options without effect in a command line for step 0 alone.
+
+    A command line that also has other options of later steps is accepted: it is that of a script for all steps.
+    """
     if set(opts.step) != {0}:
         return
     given = opts.explicit | set(dict(opts.preset_applied))
@@ -317,19 +320,19 @@ def _paths(opts: Namespace) -> None:
             raise UserError(f"--{dest} {value[:80]!r} is not a path; give a name of printable characters")
     if opts.dataset != "shapes" and not os.path.isdir(opts.data_root):
         raise UserError(
-            f"--data_root {opts.data_root} is not a folder; give the one that holds the data set {opts.dataset}, "
+            f"--data_root {opts.data_root} is not a folder; give the folder of the data set {opts.dataset}, "
             "or try --dataset shapes, which needs no files"
         )
     for dest in ("ckpt", "step_ckpt", "task_file", "pretrained"):
         value = getattr(opts, dest)
         if value is not None and not (dest == "pretrained" and value == "torchvision") and not os.path.isfile(value):
-            raise UserError(f"--{dest} {value} is not a file; mend the path or leave --{dest} out")
+            raise UserError(f"--{dest} {value} is not a file; correct the path or leave --{dest} out")
     for dest in ("logdir", "checkpoint", "results"):
         _writable(dest, Path(getattr(opts, dest)))
 
 
 def _writable(dest: str, folder: Path) -> None:
-    """The folder, or the nearest one above it that exists, is a folder in which files can be made."""
+    """Refuse a path unless it, or its nearest existing parent, is a folder in which files can be created."""
     existing = next((path for path in (folder, *folder.absolute().parents) if os.path.exists(path)), Path("/"))
     if not os.path.isdir(existing):
         raise UserError(f"--{dest} {folder}: {existing} is a file, not a folder; name another folder")

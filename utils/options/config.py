@@ -25,23 +25,23 @@ LARGEST = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. Aliases are refused: a few lines of them stand for gigabytes."""
+    """Loads plain values only. Aliases are refused, because a few lines of nested aliases expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node of the document."""
+        """Compose a node of the document; refuses aliases."""
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("an alias (*name) is not supported")
         return super().compose_node(parent, index)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds.
+    """Read the mapping in a YAML or JSON file.
 
     Args:
         path: of the file.
 
     Raises:
-        UserError: the file cannot be read, or holds no mapping with texts as keys.
+        UserError: the file cannot be read, or does not contain a mapping with text as keys.
     """
     try:
         if not path.is_file():
@@ -61,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def words(options: Mapping[str, Any], parser: argparse.ArgumentParser, place: str) -> list[str]:
-    """The words of the command line that stand for some options.
+    """Convert options to the words of a command line.
 
     Args:
         options: by name, as on the command line, with or without the dashes. A switch is true (given) or false (left out); None leaves
@@ -101,10 +101,10 @@ def _text(value: Any) -> str:
 
 
 def dump(opts: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """A YAML text of the options that the user gave; `--config` with it repeats the run.
+    """The options that the user gave as YAML text; `--config` with it repeats the run.
 
     Args:
-        opts: parsed; "explicit" has the dests that the user gave, presets are repeated by the name of the method.
+        opts: parsed; "explicit" has the dests that the user gave. Options of a preset are not written; the method sets them again.
         parser: knows the options.
     """
     given: dict[str, Any] = {}

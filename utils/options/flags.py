@@ -34,10 +34,10 @@ REFUSED_VALUES = {
 
 _NO_EFFECT = {
     "num_classes": "the data set and the task say how many classes there are",
-    "code_directory": "a leftover of a cluster set-up",
-    "fusion-mode": "a leftover of a network that is not part of the program",
-    "yess": "a leftover of an experiment",
-    "pooling_without_zero": "a leftover of an experiment",
+    "code_directory": "it belongs to the set-up of a cluster",
+    "fusion-mode": "it belongs to a network that is not part of the program",
+    "yess": "it belongs to an experiment that is not part of the program",
+    "pooling_without_zero": "it belongs to an experiment that is not part of the program",
 }
 
 _LIVE = """
@@ -78,7 +78,7 @@ def no_effect(explicit: Collection[str]) -> list[str]:
         explicit: the dests that the command line gives.
 
     Returns:
-        Lines such as "--yess has no effect in the official program either: a leftover of an experiment".
+        Lines such as "--yess has no effect in the official program either: it belongs to an experiment that is not part of the program".
     """
     return [
         f"--{flag} has no effect in the official program either: {reason}"

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-#: Upper bound of options without another one.
+#: Upper bound of options that have no other bound.
 LARGE = 10**9
 
 #: A condition on a command line.
@@ -25,7 +25,7 @@ class Rules(NamedTuple):
         requires: (dest, text for what it needs, whether that is given); a given dest without it is refused.
         positive: upper bound by dest of values that must be above 0.
         choices: by dest, the values of an option that the parser accepts as free text.
-        one_of: (dests, what each of them sets); if two of them are given, they are refused.
+        one_of: (dests, what each of them sets); two of them together are refused.
         idle: (what the options need, whether that is given, dests); a dest that the user gives without it is named in a note and
             does nothing.
         later: dests that step 0 does not read. Runs that differ in them alone can share their step 0.

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # one signature for the three of the standard parser
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As the standard parser's; see the class."""
+        """Parse as the standard parser does, and refuse `--` as a value."""
         words = list(sys.argv[1:] if args is None else args)
         takes_names_alone = any(not action.option_strings for action in self._actions)
         for word in words:
@@ -126,7 +126,7 @@ def suggestion(word: str, known: Collection[str]) -> str:
 def show_defaults(parser: argparse.ArgumentParser) -> None:
     """Add the default of each option that has one to its help.
 
-    Switches, options without effect and those whose default is "not given" stay as they are.
+    The help of switches, of options without effect and of those whose default is "not given" is not changed.
     """
     for action in parser._actions:
         value = action.default

@@ -1,4 +1,4 @@
-"""Options that a checkpoint holds, checked against the command line that could have given them."""
+"""Options read from a checkpoint, checked as those of a command line are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 
 def restore(parser: ArgumentParser, options: Mapping[str, Any], path: Path) -> Namespace:
-    """The options of a checkpoint; those that it does not have keep their defaults, those that the parser does not have are left out.
+    """The options of a checkpoint. Options that it lacks get their defaults; options that the parser does not know are left out.
 
     Args:
         parser: the command line.
@@ -19,7 +19,7 @@ def restore(parser: ArgumentParser, options: Mapping[str, Any], path: Path) -> N
         path: of the checkpoint, for messages.
 
     Raises:
-        UserError: a value that no command line gives.
+        UserError: a value that the option cannot have.
     """
     values = {}
     for action in parser._actions:
@@ -41,7 +41,7 @@ def _fits(action: Action, value: Any) -> bool:
     if action.nargs == 0:
         return isinstance(value, bool)
     kinds = {int: (int,), float: (int, float), str: (str,), None: (str,)}
-    if action.type not in kinds:  # a conversion of the option's own: its part reads the result
+    if action.type not in kinds:  # the option has its own conversion, whose result cannot be checked here
         return isinstance(value, str | list | dict)
     elements = value if action.nargs is not None and isinstance(value, list) else [value]
     alike = all(type(element) in kinds[action.type] for element in elements)

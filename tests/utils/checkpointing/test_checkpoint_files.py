@@ -304,7 +304,7 @@ def test_a_disk_that_fails_at_the_end_keeps_the_last_good_file(saved, monkeypatc
 def test_a_file_that_cannot_be_read_back_does_not_replace_a_good_one(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.truncate(descriptor, 500))  # the disk lost the end
-    with pytest.raises(OSError, match="reads back damaged"):
+    with pytest.raises(OSError, match="is damaged when it is read back"):
         checkpoint_files.save(saved, content())
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["a.pth"]
