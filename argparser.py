@@ -251,6 +251,11 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add, switch = group.add_argument, partial(add_switch, group)
     add("--data_root", type=str, default="data", help="folder of the data sets, see docs/data.md")
     add("--dataset", type=str, default="voc", choices=list(DATASETS), help="shapes is drawn by the program: no files")
+    add(
+        "--palette",
+        default=None,
+        help="file of lines NAME R G B: the colours of the classes in masks of --dataset folder",
+    )
     add("--num_classes", type=int, default=None, help="no effect: the data set knows")
     add("--num_workers", type=int, default=1, help="worker processes that load data, for each training process")
     add("--batch_size", type=int, default=4, help="images of a batch, for each training process")

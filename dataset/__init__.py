@@ -58,8 +58,9 @@ def class_names(opts: Namespace) -> tuple[str, ...]:
 def colours(opts: Namespace) -> np.ndarray:
     """(256, 3) uint8, the colour of each class id of `opts.dataset`; the colours of Pascal VOC if the data set defines none."""
     table, layout = colour_map(), _layout(opts)
-    if layout is not None and layout.palette:
-        table[: len(layout.palette)] = layout.palette
+    palette = () if layout is None else layout.read_colours(Path(opts.data_root))
+    if palette:
+        table[: len(palette)] = palette
     return table
 
 
@@ -231,7 +232,8 @@ def _masking(opts: Namespace) -> str:
 def _layout(opts: Namespace) -> Layout | None:
     if opts.dataset not in DATASETS:
         raise UserError(f"--dataset {opts.dataset!r} is not one of {', '.join(DATASETS)}")
-    return DATASETS[opts.dataset]
+    layout = DATASETS[opts.dataset]
+    return None if layout is None else layout.configured(opts)
 
 
 def _root(opts: Namespace) -> Path:

@@ -14,6 +14,7 @@ import signal
 import stat
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,6 +42,18 @@ _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
 
 _TOO_LARGE = "there is a limit of {} pixels: make it smaller, or cut it into parts"
+
+
+class MaskColours(NamedTuple):
+    """What the colours of masks mean.
+
+    Attributes:
+        values: mask value by colour, packed as red · 65536 + green · 256 + blue.
+        origin: file that gives them, for messages.
+    """
+
+    values: dict[int, int]
+    origin: str
 
 
 def _open(path: str, what: str) -> Image.Image:
@@ -74,8 +87,13 @@ def _decode(image: Image.Image, path: str, what: str) -> None:
         raise UserError(f"{what} {path} is damaged: {_reason(error, path)}") from None
 
 
-def open_mask(path: str) -> Image.Image:
-    """The decoded mask at `path`: 8 bits, one channel, palette or grey, each value a class id."""
+def open_mask(path: str, colours: MaskColours | None = None) -> Image.Image:
+    """The decoded mask at `path`: 8 bits, one channel, palette or grey, each value a class id.
+
+    Args:
+        path: of the file.
+        colours: of the classes; the mask may then be RGB, RGBA without transparency, or have a palette, and its colours count.
+    """
     mask = _open(path, "mask")
     packing = str(mask.info.get("compression", "")) if mask.format == "TIFF" else ""
     if mask.format not in _LOSSLESS or packing in _LOSSY_TIFF:
@@ -83,13 +101,34 @@ def open_mask(path: str) -> Image.Image:
         raise UserError(
             f"mask {path} is stored as {shown}, which changes class ids; save it anew from its source as PNG"
         )
-    if mask.mode not in ("P", "L"):
+    if mask.mode not in ("P", "L") and (colours is None or mask.mode not in ("RGB", "RGBA")):
+        remedy = "; masks of colours need the colours of the classes" if mask.mode in ("RGB", "RGBA") else ""
         raise UserError(
             f"mask {path} has the mode {mask.mode!r}: a mask is an 8-bit image of one channel (palette or grey) "
-            "whose values are class ids"
+            f"whose values are class ids{remedy}"
         )
     _decode(mask, path, "mask")
-    return mask
+    return mask if colours is None or mask.mode == "L" else _by_colour(mask, path, colours)
+
+
+def _by_colour(mask: Image.Image, path: str, colours: MaskColours) -> Image.Image:
+    """The grey mask of class ids that a mask of colours stands for; UserError names the first colour without a class."""
+    if mask.mode == "RGBA" and mask.getchannel("A").histogram()[255] < mask.width * mask.height:
+        raise UserError(f"mask {path} has transparent pixels, which have no class; save it without transparency")
+    pixels = np.asarray(mask.convert("RGB"), dtype=np.int32)
+    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]  # H×W
+    known = np.array(sorted(colours.values), dtype=np.int32)
+    position = np.searchsorted(known, packed).clip(max=len(known) - 1)
+    foreign = known[position] != packed
+    if foreign.any():
+        row, column = np.unravel_index(int(foreign.argmax()), foreign.shape)
+        shown = tuple(pixels[row, column].tolist())
+        raise UserError(
+            f"mask {path} has the colour {shown} at column {column}, row {row} (and {int(foreign.sum()) - 1} more pixels of "
+            f"unknown colours), which is the colour of no class in {colours.origin}"
+        )
+    values = np.array([colours.values[colour] for colour in known.tolist()], dtype=np.uint8)
+    return Image.fromarray(values[position])
 
 
 def open_image(path: str, size: tuple[int, int] | None) -> Image.Image:
@@ -133,9 +172,9 @@ def _colours(image: Image.Image, path: str) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_pair(image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(image_path: str, mask_path: str, colours: MaskColours | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file for one that cannot be used."""
-    mask = open_mask(mask_path)
+    mask = open_mask(mask_path, colours)
     image = open_image(image_path, mask.size)
     return _colours(image, image_path), np.array(mask)
 
@@ -147,16 +186,19 @@ def read_picture(path: str) -> np.ndarray:
     return _colours(ImageOps.exif_transpose(image), path)
 
 
-def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode: bool) -> tuple[list[int], str]:
+def inspect_pair(
+    image_path: str, mask_path: str, valid: frozenset[int], decode: bool, colours: MaskColours | None = None
+) -> tuple[list[int], str]:
     """The ids in a mask, and the problem of the mask or its image ("" if there is none).
 
     Args:
         valid: values that a mask may have.
         decode: read the whole image, not only its header, and read it even if the mask is bad; a line for each bad file then.
+        colours: of the classes, for masks that are stored as colours.
     """
     shown, size, problems = [], None, []
     try:
-        mask = open_mask(mask_path)
+        mask = open_mask(mask_path, colours)
         size = mask.size
         shown = [value for value, count in enumerate(mask.histogram()) if count]
         foreign = [value for value in shown if value not in valid]
@@ -175,14 +217,20 @@ def inspect_pair(image_path: str, mask_path: str, valid: frozenset[int], decode:
 
 
 def inspect(
-    pairs: list[tuple[str, str]], valid: frozenset[int], decode: bool = False, processes: int | None = None
+    pairs: list[tuple[str, str]],
+    valid: frozenset[int],
+    decode: bool = False,
+    processes: int | None = None,
+    colours: MaskColours | None = None,
 ) -> list[tuple[list[int], str]]:
     """`inspect_pair` of every pair, in order, by as many processes as the machine and the work allow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = processes or max(1, min(cores, _MAX_PROCESSES, len(pairs) // _FILES_PER_PROCESS))
     if processes == 1:
-        return [inspect_pair(*pair, valid, decode) for pair in pairs]
-    jobs = [{"pairs": pairs[k::processes], "valid": sorted(valid), "decode": decode} for k in range(processes)]
+        return [inspect_pair(*pair, valid, decode, colours) for pair in pairs]
+    shared = {"valid": sorted(valid), "decode": decode, "colours": colours and [*colours.values.items()]}
+    shared["origin"] = colours.origin if colours else ""
+    jobs = [{"pairs": pairs[k::processes], **shared} for k in range(processes)]
     command = [sys.executable, os.path.abspath(__file__)]
     workers = [
         subprocess.Popen(
@@ -220,10 +268,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     parent, job, found = os.getppid(), json.load(sys.stdin), []
     valid = frozenset(job["valid"])
+    colours = MaskColours(dict(job["colours"]), job["origin"]) if job.get("colours") else None
     for image_path, mask_path in job["pairs"]:
         if os.getppid() != parent:
             return
-        found.append(inspect_pair(image_path, mask_path, valid, job["decode"]))
+        found.append(inspect_pair(image_path, mask_path, valid, job["decode"], colours))
     json.dump(found, sys.stdout)
 
 

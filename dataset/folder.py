@@ -6,34 +6,57 @@
               splits/train.txt  one NAME per line, with or without the suffix of the image
               splits/val.txt
 
+With colours of the classes, `name R G B` in every line of classes.txt or of the file that `--palette` names, masks are stored as colours:
+RGB or palette images, in which every pixel has the colour of its class. Grey masks still have class ids as values. Lines of the name
+`ignored` give colours of ignored pixels.
+
 Its one built-in task is `offline` (all classes at once); others come with `--task_file`.
 """
 
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
-from dataset.layout import IMAGE_SUFFIXES, FilePair, Layout, inside, read_lines, read_pairs
+from dataset.files import MaskColours
+from dataset.layout import IMAGE_SUFFIXES, FilePair, Layout, inside, read_pairs
+from dataset.palette import ClassFile, Colour, read_class_file, read_palette
 from utils.errors import UserError
 
 
 class Folder(Layout):
-    """See the module."""
+    """See the module.
+
+    Args:
+        palette_file: file with the colours of the classes; None: those of classes.txt, if it has some.
+    """
 
     name = "folder"
     hint = "--dataset folder needs classes.txt, images/, masks/, splits/train.txt and splits/val.txt under --data_root"
 
+    def __init__(self, palette_file: Path | None = None) -> None:
+        self.palette_file = palette_file
+
+    def configured(self, opts: Namespace) -> Folder:
+        """The data set with the file of `--palette`."""
+        return Folder(Path(opts.palette)) if opts.palette is not None else self
+
     def read_classes(self, root: Path) -> tuple[str, ...]:
-        """The lines of classes.txt."""
-        path = root / "classes.txt"
-        names = read_lines(path, self.hint)
-        if not 2 <= len(names) <= 255:
-            raise UserError(f"{path} names {len(names)} classes, it must be 2 (background is one) to 255")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(f"{path} names the class {twice[0]!r} twice")
-        return tuple(names)
+        """The names in classes.txt."""
+        return read_class_file(root / "classes.txt", self.hint).names
+
+    def read_colours(self, root: Path) -> tuple[Colour, ...]:
+        """The colours of the classes, or nothing."""
+        return self._class_file(root).colours
+
+    def mask_colours(self, root: Path) -> MaskColours | None:
+        """The mask value of each colour, if classes have colours."""
+        return self._class_file(root).mask_colours()
+
+    def _class_file(self, root: Path) -> ClassFile:
+        found = read_class_file(root / "classes.txt", self.hint)
+        return found if self.palette_file is None else read_palette(self.palette_file, found.names)
 
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
         """Pairs of splits/train.txt or splits/val.txt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.cache import first_few
+from dataset.files import MaskColours
 from utils.errors import UserError
 from utils.types import IGNORE
 
@@ -46,6 +48,18 @@ class Layout:
     def read_classes(self, root: Path) -> tuple[str, ...]:
         """Names of the classes; a data set that reads them from a file overrides this."""
         return self.classes
+
+    def configured(self, opts: Namespace) -> Layout:
+        """This data set with the options of a run; a data set that has options of its own overrides this."""
+        return self
+
+    def read_colours(self, root: Path) -> tuple[tuple[int, int, int], ...]:
+        """Colours of the classes by id; a data set that reads them from a file overrides this."""
+        return self.palette
+
+    def mask_colours(self, root: Path) -> MaskColours | None:
+        """The mask value of each colour, for masks that are stored as colours; None: the values of masks are class ids."""
+        return None
 
     def pairs(self, root: Path, train: bool) -> list[FilePair]:
         """Every image of the training or the validation split with its mask, in a fixed order."""

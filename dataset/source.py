@@ -46,13 +46,14 @@ class FileSource:
         self._domains = np.array([pair.domain for pair in pairs], dtype=np.int64)
         #: (256,) int16, from the values of a mask to class ids, -1 for values no mask may have
         self.class_table = layout.class_table(len(layout.read_classes(root)))
+        self._colours = layout.mask_colours(root)
 
     def __len__(self) -> int:
         return len(self._domains)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) and mask (H, W), uint8; UserError that names the file if one of them is damaged."""
-        return read_pair(*self.files(index))
+        return read_pair(*self.files(index), self._colours)
 
     def files(self, index: int) -> tuple[str, str]:
         """Paths of the image and the mask."""
@@ -68,7 +69,10 @@ class FileSource:
         """
         if self.layout.domains:
             return self.domains()
-        key = fingerprint([self._paths[i] for i in range(len(self._paths))], f"{self.class_table.tolist()}")
+        meaning = f"{self.class_table.tolist()}"
+        if self._colours is not None:
+            meaning += f" {sorted(self._colours.values.items())}"
+        key = fingerprint([self._paths[i] for i in range(len(self._paths))], meaning)
         return cached(self.root, f"{self.layout.name}-{self.split}", key, len(self), self._scan)
 
     def domains(self) -> np.ndarray:
@@ -94,7 +98,8 @@ class FileSource:
             sample or "".
         """
         pairs = [self.files(index) for index in indices]
-        found = inspect(pairs, frozenset(np.flatnonzero(self.class_table >= 0).tolist()), decode)
+        valid = frozenset(np.flatnonzero(self.class_table >= 0).tolist())
+        found = inspect(pairs, valid, decode, colours=self._colours)
         shown = np.zeros((len(pairs), 256), dtype=bool)
         for row, (values, _) in zip(shown, found):
             row[self.class_table[values]] = True

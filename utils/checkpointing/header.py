@@ -19,6 +19,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "preset",
         "data_root",
         "task_file",
+        "palette",
         "checkpoint",
         "results",
         "logdir",

@@ -42,6 +42,7 @@ SHARED = Rules(
     requires=[("val_by_teacher", "--cross_val", lambda o: o.cross_val)],
     nothing_at_step_0={"val_by_teacher": "does nothing at step 0: there is no earlier model"},
     idle=[
+        ("--dataset folder", lambda o: o.dataset == "folder", ["palette"]),
         ("--data_masking without --no_mask", lambda o: not o.no_mask, ["data_masking"]),
         ("--lr_policy poly", lambda o: o.lr_policy == "poly", ["lr_power"]),
         ("--lr_policy step", lambda o: o.lr_policy == "step", ["lr_decay_step", "lr_decay_factor"]),
@@ -314,7 +315,17 @@ def _precision(opts: Namespace) -> None:
 
 
 def _paths(opts: Namespace) -> None:
-    for dest in ("data_root", "ckpt", "step_ckpt", "task_file", "pretrained", "logdir", "checkpoint", "results"):
+    for dest in (
+        "data_root",
+        "ckpt",
+        "step_ckpt",
+        "task_file",
+        "palette",
+        "pretrained",
+        "logdir",
+        "checkpoint",
+        "results",
+    ):
         value = getattr(opts, dest)
         if value is not None and (not value or not value.isprintable()):
             raise UserError(f"--{dest} {value[:80]!r} is not a path; give a name of printable characters")
@@ -323,7 +334,7 @@ def _paths(opts: Namespace) -> None:
             f"--data_root {opts.data_root} is not a folder; give the folder of the data set {opts.dataset}, "
             "or try --dataset shapes, which needs no files"
         )
-    for dest in ("ckpt", "step_ckpt", "task_file", "pretrained"):
+    for dest in ("ckpt", "step_ckpt", "task_file", "palette", "pretrained"):
         value = getattr(opts, dest)
         if value is not None and not (dest == "pretrained" and value == "torchvision") and not os.path.isfile(value):
             raise UserError(f"--{dest} {value} is not a file; correct the path or leave --{dest} out")

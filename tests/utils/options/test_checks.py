@@ -266,6 +266,7 @@ MET = {
     "--mask_rule whc": "--mask_rule whc --mask_distance cos",
     "no --init_balanced, which wins": "",
     "no --nest, which takes its place": "",
+    "--dataset folder": "--dataset folder",
     "--lr_policy poly": "",
     "a first --step above 0": "--step 1",
     "a --step above 0": "--step 1",
