@@ -25,7 +25,7 @@ class StreamSegMetrics:
         self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all counts to 0."""
         self.confusion_matrix.zero_()
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:

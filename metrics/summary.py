@@ -94,10 +94,10 @@ def average_over_steps(means: Mapping[int, float | None]) -> dict[int, float | N
 
 
 def missing_steps(steps: Iterable[int], last: int | None = None) -> list[int]:
-    """The steps from 0 to the last one that a run has no scores of.
+    """The steps from 0 to the last one for which a run has no scores.
 
     Args:
-        steps: those it has.
+        steps: those that have scores.
         last: number of the last step; None: the highest of `steps`.
     """
     present = set(steps)
@@ -109,8 +109,8 @@ def require_complete(steps: Iterable[int], source: object) -> None:
     """Refuse scores of a run that lack a step: old classes and the average over steps would be wrong.
 
     Args:
-        steps: those that there are.
-        source: where they come from, for the message.
+        steps: those that have scores.
+        source: of the scores, for the message.
 
     Raises:
         UserError: names the first missing step and the remedy.

@@ -20,7 +20,7 @@ from utils.types import IGNORE
 
 
 def adaptive_logit_regulariser(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """ALI: the logits of the old classes are raised on the background, as far as the teacher sees them there.
+    """ALI: raises the logits of old classes on background pixels in proportion to the teacher's probabilities.
 
     Args:
         student_logits: (B, C, H, W).
@@ -30,7 +30,7 @@ def adaptive_logit_regulariser(student_logits: Tensor, teacher_logits: Tensor, l
     Returns:
         Scalar, the mean over the pixels of the whole batch that are labelled background; 0 without any (the release has NaN).
 
-    Reference: eq. 5; the old logits are the student's first C_old channels, the background not joined with the new classes.
+    Reference: eq. 5; the old logits are the student's first C_old channels, and the background is not merged with the new classes.
     """
     z, q = at_least_float32(student_logits), at_least_float32(teacher_logits).softmax(1)
     value = z.logsumexp(1) - (q * z[:, : q.shape[1]]).sum(1)  # (B, H, W)
@@ -66,9 +66,9 @@ def _mean_where(value: Tensor, chosen: Tensor) -> Tensor:
 
 
 def mean_feature(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean over some pixels of features enlarged to the size of the image, bilinear with aligned corners.
+    """Mean over the pixels of a mask of features that are interpolated (bilinear, aligned corners) to the size of the image.
 
-    The mean is linear in the features, so that the mask is reduced to their size instead of enlarging them.
+    The mean is linear in the features. The mask is therefore reduced to their size, and no enlarged features are computed.
 
     Args:
         features: (D, h, w).
@@ -89,7 +89,7 @@ def _enlargement(small: int, large: int, like: Tensor) -> Tensor:
 
 
 def rotations(parameters: Tensor, size: int) -> Tensor:
-    """Orthogonal matrices, one a class.
+    """Orthogonal matrices, one for each class.
 
     Args:
         parameters: (C, D(D−1)/2), the part above the diagonal of B, row by row; S = ½(B − Bᵀ).
@@ -113,7 +113,7 @@ def positions_of(features: Tensor) -> Tensor:
 
 
 def attention(memory: Tensor, features: Tensor, temperature: float) -> Tensor:
-    """How much each position resembles what is remembered of each class.
+    """Similarity of each position to the remembered features of each class, normalised over the positions.
 
     Args:
         memory: (C, M, D).
@@ -129,7 +129,7 @@ def attention(memory: Tensor, features: Tensor, temperature: float) -> Tensor:
 
 
 def representations(memory: Tensor, before: Tensor, after: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch shows of each class, in the features of two networks.
+    """Mean feature of each class in a batch, weighted by `attention`, for two networks.
 
     Args:
         memory: (C, M, D), features of the network before.

@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
-#: Divides the logits of both networks.
+#: τ, divides the logits of both networks.
 TEMPERATURE = 3.0
 #: Added to every weight, so that no class is left out altogether.
 FLOOR = 1e-7
@@ -25,10 +25,10 @@ def _interpolation(small: int, large: int, dtype: torch.dtype) -> Tensor:
 
 
 def class_sums(features: Tensor, labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Sums over the pixels of each class of features that are brought to the size of the labels.
+    """Sums over the pixels of each class of features that are interpolated to the size of the labels.
 
     Bilinear interpolation is linear, so the sum over pixels of the enlarged features is a weighted sum of the small ones; the
-    weights are the class's pixels, brought to the small size by the transposed interpolation. No enlarged map is made.
+    weights are the mask of the class, reduced to the small size by the transposed interpolation. No enlarged map is computed.
 
     Args:
         features: (B, D, h, w); interpolated with align_corners=True, as REMINDER's release does.
@@ -63,7 +63,7 @@ def class_means(features: Tensor, labels: Tensor, first: int, last: int) -> Tens
 
 
 class PrototypeMeans:
-    """The prototype of each class: the mean over batches of its mean feature in the batch, whatever the number of its pixels there.
+    """The prototype of each class: the mean over batches of its mean feature in the batch. Every batch has the same weight.
 
     Args:
         first, last: the classes first, …, last − 1.
@@ -83,7 +83,7 @@ class PrototypeMeans:
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take a batch in.
+        """Add a batch.
 
         Args:
             features: (B, D, h, w).
@@ -99,7 +99,7 @@ class PrototypeMeans:
 
 
 def similarity_weights(means: Tensor, prototypes: Tensor, delta: float) -> Tensor:
-    """How similar each new class is to each old one.
+    """Similarity of each new class to each old one.
 
     Args:
         means: (C_new, D) means of the new classes' features.
@@ -125,7 +125,7 @@ def class_similarity_distillation(
     weights: Tensor,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """REMINDER's CSW-KD: distillation on the pixels of new classes, most for the old classes that are like the pixel's class.
+    """REMINDER's CSW-KD: distillation on the pixels of new classes, weighted by the similarity of each old class to that of the pixel.
 
     Args:
         student_logits: (B, C, H, W); the channels of new classes are cut off before the softmax.

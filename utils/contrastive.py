@@ -1,8 +1,8 @@
-"""UCD's contrastive distillation: features of positions with the same label are drawn together, as sure as the teacher is of both.
+"""UCD's contrastive distillation: makes features of positions with the same label similar, weighted by the teacher's certainty.
 
-The matrix of all pairs of positions is not made: `contrastive_distillation` goes through it in blocks of rows, and computes the gradient
-of a block with its value. With n anchors, m contrasts (m ≤ 2n) of D channels, and C_old classes, `memory` says how many numbers are
-alive at once. The whole matrix has n·m, and several of its size would be. 24 images of 512 px at stride 16 have n ≤ 24576.
+The matrix of all pairs of positions is not stored: `contrastive_distillation` computes blocks of its rows, and the gradient of a block
+with its value. With n anchors, m contrasts (m ≤ 2n) of D channels, and C_old classes, `memory` returns the number of values in memory at
+a time. The whole matrix has n·m values, and several matrices of its size would be needed. 24 images of 512 px at stride 16 have n ≤ 24576.
 
 Reference: Yang et al., "Uncertainty-aware Contrastive Distillation for Incremental Semantic Segmentation" (UCD), TPAMI 2022.
 """
@@ -21,18 +21,18 @@ from utils.latent_space import at_size
 from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
-#: Divides the cosines.
+#: τ, divides the cosines.
 TEMPERATURE = 0.07
-#: Greatest label that the release takes for a class: VOC's last one.
+#: Greatest label that the release counts as a class: VOC's last one.
 LAST_OF_VOC = 20
 #: Greatest number of pairs in a block of rows; a matrix of them has 16 MiB in float32.
 BLOCK = 2**22
-#: Lifts an average of equal labels that rounding left just below them.
+#: Added to averaged labels before they are truncated; rounding may leave an average of equal labels slightly too small.
 _ROUNDING = 1e-6
 
 
 def memory(anchors: int, contrasts: int, channels: int, classes: int, block: int = BLOCK) -> int:
-    """How many numbers the pairs and their comparison hold at most, the features and logits that they are made from not counted.
+    """Greatest number of values that the pairs and their comparison keep in memory, without the features and logits of the networks.
 
     Args:
         anchors, contrasts: n and m.
@@ -45,14 +45,14 @@ def memory(anchors: int, contrasts: int, channels: int, classes: int, block: int
 
 
 def given_labels(labels: Tensor, size: torch.Size, last: int = LAST_OF_VOC, nearest: bool = False) -> Tensor:
-    """The annotation at the size of the features; 0 where there is none.
+    """The annotation at the size of the features; 0 where it has no class.
 
     Args:
         labels: (B, H, W).
         size: h, w.
         last: the greatest label that counts; greater ones become 0.
-        nearest: one pixel of each place, 255 becomes 0. Released: labels are averaged as if they were brightness (bilinear) and cut to
-            whole numbers, so that borders between classes get the labels of other classes, and 255 is averaged too.
+        nearest: the label of one pixel is taken, and 255 becomes 0. In the release labels are interpolated (bilinear), 255 included, and
+            truncated to integers, so borders between classes get the labels of other classes.
 
     Returns:
         (B, h, w) int64.
@@ -111,11 +111,11 @@ def make_pairs(student: Tensor, teacher: Tensor, teacher_logits: Tensor, given: 
 
 
 def joint_probability(pairs: Pairs, rows: slice) -> Tensor:
-    """How likely anchors and contrasts are of one class: the scalar product of the teacher's probabilities, 1 where both are new.
+    """Probability that anchor and contrast have the same class: the scalar product of the teacher's probabilities, 1 if both are new.
 
     Args:
         pairs: of `make_pairs`.
-        rows: which anchors.
+        rows: of the anchors.
 
     Returns:
         (b, m).
@@ -138,12 +138,12 @@ def contrastive_distillation(
     Args:
         pairs: of `make_pairs`; None gives 0.
         temperature: τ.
-        mended: the negatives are shifted by M_i like the positive. Released: they are not, and outweigh it by e^(1/τ).
+        mended: the negatives are shifted by M_i like the positive. In the release they are not, which multiplies them by e^(1/τ).
         block: greatest number of pairs that are compared at once.
 
     Returns:
-        Scalar, without its factor; anchors without a positive do not count, and 0 where no anchor has one (released: NaN). The gradient
-        runs through the anchors alone.
+        Scalar, without its factor; anchors without a positive do not count, and 0 where no anchor has one (released: NaN). Only the
+        anchors get a gradient.
     """
     if pairs is None:
         return 0.0

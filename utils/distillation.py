@@ -15,7 +15,7 @@ from utils.types import IGNORE
 
 
 def reduce(loss: Tensor, reduction: str = "mean") -> Tensor:
-    """The loss as it is (`none`), its mean or its sum."""
+    """Reduce a loss: `none` returns it, `mean` its mean, `sum` its sum."""
     if reduction == "none":
         return loss
     assert reduction in ("mean", "sum"), reduction
@@ -219,7 +219,7 @@ def icarl_disjoint(
 
 
 def icarl_combined(student_logits: Tensor, teacher_logits: Tensor, reduction: str = "mean") -> Tensor:
-    """iCaRL's distillation alone, beside a classification loss: BCE of old classes with the teacher's sigmoids.
+    """iCaRL's distillation alone, to be added to a classification loss: BCE of old classes with the teacher's sigmoids.
 
     Args:
         student_logits: (B, C, H, W).
@@ -278,7 +278,7 @@ def soften(logits: Tensor, labels: Tensor, num_old: int, temperature: float, app
     """Logits divided by a temperature on some pixels (`--temperature`, `--temperature_apply`).
 
     Args:
-        logits: (B, c, H, W) of student or teacher; both get the same treatment.
+        logits: (B, c, H, W) of student or teacher; the same is done to both.
         labels: (B, H, W).
         num_old: number of old classes.
         temperature: above 1 for softer probabilities.

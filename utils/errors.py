@@ -1,4 +1,4 @@
-"""The error of a user, in contrast to a bug."""
+"""`UserError`, which distinguishes mistakes of the user from bugs."""
 
 
 class UserError(ValueError):

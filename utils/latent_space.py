@@ -2,8 +2,8 @@
 
 Features are F (B, D, h, w); labels ỹ (B, h, w) are those of the images at the size of the features (`at_size`).
 
-The release takes the features of a class as a flat vector, image by image, channel by channel, position by position, and gives it a
-shape without a transpose. `rows_of_class` does so too, unless it is told to be exact.
+The release takes the features of a class as a flat vector, image by image, channel by channel, position by position, and reshapes it
+to a matrix without a transpose. `rows_of_class` does the same unless `exact` is true.
 
 Reference: Michieli and Zanuttigh, "Continual Semantic Segmentation via Repulsion-Attraction of Sparse and Disentangled Latent
     Representations" (SDR), CVPR 2021.
@@ -19,9 +19,9 @@ from torch import Tensor
 from utils.runtime.amp import at_least_float32
 from utils.types import IGNORE
 
-#: Keeps the divisions of the sparsity finite; the released value.
+#: Added to the denominators of the sparsity; the value of the release.
 DAMPING = 1e-15
-#: What the features are divided by, and the function of them that sparsity compares with their sum.
+#: `--lfs_normalization`: what the features are divided by; `--lfs_shrinkingfn`: the function of them that is compared with their sum.
 NORMALISATIONS = ("max_maskedforclass", "max_foreachfeature")
 SHRINKINGS = ("exponential", "squared")
 
@@ -56,11 +56,11 @@ def rows_of_class(features: Tensor, chosen: Tensor, tall: bool, exact: bool = Fa
         chosen: (B, h, w) bool, the N positions of the class.
         tall: (N, D); otherwise wide, (D, N).
         exact: a row (a column) is a position. Released: the flat vector of all images, channels and positions in this order is
-            given the shape row by row. Wide is then right only if a single image holds the class, tall only for N = 1; otherwise
+            reshaped row by row. Wide is then right only if a single image holds the class, tall only for N = 1; otherwise
             images and channels mix.
 
     Returns:
-        The matrix, through which the gradient runs.
+        The matrix, differentiable with respect to the features.
     """
     if exact:
         matrix = features.movedim(1, -1)[chosen]  # (N, D)
@@ -91,7 +91,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, exact: bool =
 
 
 def leaves_background_out(step: int, overlap: bool, sequential: bool) -> bool:
-    """Whether the running means take no background: it holds classes that are not its own.
+    """Whether the running means leave the background out, because it contains other classes.
 
     Args:
         step: of the task.
@@ -134,7 +134,7 @@ def attraction(
     exact: bool = False,
     mean: bool = False,
 ) -> Tensor:
-    """How far the features of each class are from its prototype.
+    """Distance of the features of each class from its prototype.
 
     Args:
         features: (B, D, h, w).
@@ -161,7 +161,7 @@ def attraction(
 
 
 def repulsion(features: Tensor, labels: Tensor, without_background: str | None = None, exact: bool = False) -> Tensor:
-    """How close the mean features of the batch's classes are to each other: the mean over pairs of 1 / distance.
+    """Closeness of the mean features of the batch's classes: the mean over pairs of 1 / distance.
 
     Args:
         features, labels, without_background, exact: as in `attraction`.
@@ -197,7 +197,7 @@ def old_labels(labels: Tensor, teacher_logits: Tensor, sequential: bool = False)
     Args:
         labels: (B, h, w).
         teacher_logits: (B, C_old, H, W) full-size.
-        sequential: the labels know the old classes: theirs, not the teacher's, and 0 elsewhere.
+        sequential: the labels contain the old classes, which are returned instead of the teacher's; 0 elsewhere.
 
     Returns:
         (B, h, w) int64.
@@ -211,7 +211,7 @@ def old_labels(labels: Tensor, teacher_logits: Tensor, sequential: bool = False)
 def prototype_matching(
     features: Tensor, labels: Tensor, prototypes: Tensor, sum_after: bool, exact: bool = False
 ) -> Tensor:
-    """How far the features that the teacher takes for old classes are from the prototypes of those.
+    """Distance of the features that the teacher assigns to old classes from the prototypes of these classes.
 
     Args:
         features: (B, D, h, w).
@@ -246,7 +246,7 @@ def sparsity(
     shrinking: str = "exponential",
     ignore: bool = False,
 ) -> Tensor:
-    """How evenly the features of a position are spread over the channels.
+    """Measure of how evenly the features of a position are distributed over the channels.
 
     Args:
         features: (B, D, h, w).

@@ -89,7 +89,7 @@ def check_rule(rule: str | None, distance: str | None) -> None:
 
 
 def differences(features: Tensor, erased: tuple[Tensor, Tensor], distance: str) -> list[Tensor]:
-    """How a tap differs from each of its two erased views, at every position.
+    """Difference of a tap from each of its two erased views, at every position.
 
     Args:
         features: (B, c, h, w), the tap of the whole images.
@@ -119,7 +119,7 @@ def differences(features: Tensor, erased: tuple[Tensor, Tensor], distance: str) 
 def spatial_mask(
     features: Tensor, erased: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], rule: str, distance: str
 ) -> Tensor:
-    """Which positions of a tap are kept.
+    """The positions of a tap that are kept.
 
     With s_o, s_n the similarities to the views without old and without new pixels, and Q(v, r) the r-quantile of v
     over positions: o = [s_o ≥ Q(s_o, r_o)], n = [s_n ≤ Q(s_n, r_n)]; `whc` keeps o or n, `none` keeps o and n, `old`
@@ -157,7 +157,7 @@ def spatial_mask(
 def channel_mask(
     features: Tensor, erased: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], rule: str = "released"
 ) -> Tensor:
-    """Which channels of a tap are kept (`whc`).
+    """The channels of a tap that are kept (`whc`).
 
     d_o, d_n are the absolute changes of each channel's mean over positions. A channel is kept if d_o ≥ Q(d_o, r_o) or
     d_n ≤ Q(d_n, r_n). These are the inequalities for cosines, although d_o and d_n are distances: as released, likely a mistake.
@@ -226,7 +226,7 @@ def tap_mask(
     teacher = at_least_float32(teacher)
     if rule == "gt":
         return label_mask(labels, num_old, teacher.shape[-2:], teacher.dtype)
-    assert erased is not None and distance is not None, "only the rule gt does without"
+    assert erased is not None and distance is not None, "all rules except gt need them"
     erased = (at_least_float32(erased[0]), at_least_float32(erased[1]))
     old, new = (pixels(labels, num_old).to(teacher.dtype).mean((1, 2)) for pixels in (old_pixels, new_pixels))
     shares = (old, new)  # each (B,)

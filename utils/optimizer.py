@@ -18,8 +18,8 @@ def parameter_groups(opts: Namespace, step: int, model: nn.Module) -> list[Group
     With `--lr_old` the classifiers form two groups, those of earlier steps and the new one.
 
     Args:
-        opts: lr_of_step, lr_old, weight_decay.
-        step: the classifiers of earlier steps learn with `--lr_old` times the step's learning rate.
+        opts: lr_of_step, lr_old (factor of the learning rate of earlier classifiers), weight_decay.
+        step: number of the step.
         model: the student, not wrapped.
 
     Returns:

@@ -65,7 +65,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def parse_mode(mode: str | None) -> tuple[str | None, float | None]:
-    """`--pseudo` as a mode and, for `threshold_X`, the number X.
+    """Split `--pseudo` into a mode and, for `threshold_X`, the number X.
 
     Raises:
         UserError: an unknown mode, or an X that is no number from 0 to 1.
@@ -84,7 +84,7 @@ def parse_mode(mode: str | None) -> tuple[str | None, float | None]:
 
 
 def max_value(measure: str, num_total: int) -> float:
-    """What the measure is divided by before it is compared: ln(C) for entropy, 1 for a probability."""
+    """The value that the measure is divided by before it is compared: ln(C) for entropy, 1 for a probability."""
     return math.log(num_total) if measure == "entropy" else 1.0
 
 
@@ -93,7 +93,7 @@ def measure_pixels(teacher_logits: Tensor, measure: str, num_total: int) -> tupl
 
     Args:
         teacher_logits: (B, C_old, H, W).
-        measure: `entropy` (low is sure) or `probability` (high is sure).
+        measure: `entropy` (low: certain) or `probability` (high: certain).
         num_total: C, classes of this step.
 
     Returns:
@@ -141,7 +141,9 @@ def released_median(counts: Tensor) -> Tensor:
     half = counts.sum(1, keepdim=True).double() / 2  # (C, 1)
     fits = (running <= half) & (half <= running + counts)
     found = fits.any(1, keepdim=True)
-    chosen = torch.where(found, fits.int().argmax(1, keepdim=True), num_bins - 1)  # argmax: the first that fits
+    chosen = torch.where(
+        found, fits.int().argmax(1, keepdim=True), num_bins - 1
+    )  # argmax: the first bin that satisfies it
     start = torch.where(found, running[chosen], num_bins * (num_bins - 1) / 2)
     inside = ((half - start) / counts.gather(1, chosen)).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
     return torch.where(half > 0, (chosen + inside) / num_bins, 0.0)[:, 0]
@@ -199,11 +201,11 @@ class MedianThresholds:
         counted = (labels == 0).long()
         if self.counts is None:
             self.counts = torch.zeros(self.num_total, self.num_bins, dtype=torch.int64, device=bins.device)
-        # Pixels that do not count add 0: no boolean index, so no host sync
+        # Pixels that do not count add 0; a boolean index would synchronise with the device
         self.counts.view(-1).index_add_(0, (predicted * self.num_bins + bins).flatten(), counted.flatten())
 
     def finish(self, base: float, exact: bool = False, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The thresholds.
+        """Compute the thresholds.
 
         Args:
             base: `--threshold`: the minimum of thresholds on entropy, the maximum of thresholds on probability.
@@ -213,7 +215,7 @@ class MedianThresholds:
         Returns:
             (C,) float64 on the device of the logits; classes that the teacher never predicts have median 0.
         """
-        assert self.counts is not None, "finish before update"
+        assert self.counts is not None, "`update` is called before `finish`"
         counts = self.counts if reduce is None else reduce(self.counts)
         median = exact_median(counts) if exact else released_median(counts)
         return median.clamp(min=base) if self.measure == "entropy" else median.clamp(max=base)

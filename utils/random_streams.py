@@ -1,4 +1,4 @@
-"""Seeds of the random streams. A seed is a function of names alone, so that the state of no generator has to be saved.
+"""Seeds of the random streams. A seed depends on names only, so no state of a generator has to be saved.
 
 docs/reliability.md lists the streams of the program.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-#: Purposes of random crops, besides those of the parts of methods (`methods.base.Part.purpose`).
+#: Purposes of random crops, beside those of the parts of methods (`methods.base.Part.purpose`).
 TRAINING = "training"
 
 

@@ -55,13 +55,13 @@ def build(opts: Namespace, optimizer: Optimizer, total: int) -> LRScheduler:
 
     Args:
         opts: lr_policy, lr_power, lr_decay_step, lr_decay_factor.
-        optimizer: what is scheduled.
+        optimizer: whose learning rates are scheduled.
         total: number of iterations of the step.
 
     Returns:
         A scheduler to be stepped after every iteration.
     """
-    # torch warns if the optimiser makes no step: after an overflow in half precision, or for a skipped loss
+    # torch warns if the optimiser makes no step, which is the case after an overflow in half precision and for a skipped loss
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     if opts.lr_policy == "poly":
         return PolyLR(optimizer, total, opts.lr_power)

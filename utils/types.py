@@ -1,5 +1,4 @@
-"""The structures that the packages exchange: the result of a forward pass, a batch, and the interface of a task for the packages below
-dataset/."""
+"""Structures shared by the packages: result of a forward pass, batch, and the interface of a task for the packages below dataset/."""
 
 from __future__ import annotations
 

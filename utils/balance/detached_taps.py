@@ -1,4 +1,4 @@
-"""Taps that are detached from the network, so that the gradient of each loss at the taps is computed once and used twice.
+"""Taps detached from the network, so that the gradient of each loss with respect to the taps is computed once and used twice.
 
 RGE measures mean(∂ℓ_i/∂W_i) of every term, and the optimiser needs the gradient of Σ λ_i ℓ_i. Both backward passes begin with the
 gradients at the taps. So the losses are computed from detached copies of the taps. Each loss is differentiated with respect to these
@@ -6,8 +6,8 @@ copies once, and the backward passes through the network start from the resultin
 
     detached = DetachedTaps(taps)
     gradients = [detached.gradients(loss) for loss in losses_of(detached.taps)]   # ∂ℓ_i/∂taps
-    mean_gradient(gradients[0], W)                                                # from the taps back to W, and no further
-    weighted_sum(value, gradients, weights).backward()                            # once through the network, for all losses
+    mean_gradient(gradients[0], W)                                                # backward from the taps to W
+    weighted_sum(value, gradients, weights).backward()                            # one pass through the network for all losses
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DetachedTaps:
         self._origin: dict[Tensor, Tensor] = {}
         self.taps: Taps | None = None
         if taps is not None:
-            # logits may be logits_small, and the last attention may be the body: a tensor has one leaf
+            # logits may be the same tensor as logits_small, and the last attention the same as body: a tensor has one leaf
             leaves = {tap: self._leaf(tap) for tap in {taps.logits, taps.body, *taps.features}}
             self.taps = taps._replace(
                 logits=leaves[taps.logits],
@@ -73,7 +73,7 @@ class DetachedTaps:
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaves that the graph of a loss leads to."""
+    """The leaves of the graph of a loss."""
     nodes, seen, found = [loss.grad_fn], {loss.grad_fn}, []
     while nodes:
         node = nodes.pop()
@@ -88,7 +88,7 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 def mean_gradient(gradients: TapGradients, watched: nn.Parameter) -> Tensor:
-    """mean(∂ℓ/∂W): from the taps back to W; the pass computes no other parameter's gradient.
+    """mean(∂ℓ/∂W), by a backward pass from the taps that computes no gradient of another parameter.
 
     Args:
         gradients: of ℓ.

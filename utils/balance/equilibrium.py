@@ -1,4 +1,4 @@
-"""Combination of named loss terms to one loss: a plain sum, or a sum with LSKD's weights λ, which are balanced by gradients.
+"""Combination of named loss terms into one loss: the plain sum, or the sum weighted with LSKD's λ, which are balanced by gradients.
 
 taps = balancer.detach_taps(taps)   # what the losses are computed from
 ...
@@ -35,7 +35,7 @@ class TermSpec(NamedTuple):
         name: the term's name in the dictionary of losses.
         tap: the tap whose weight W_i measures the term (`SegmentationModel.watched_weights`).
         group: "A" (deep taps and outputs) or "B" (shallow taps); each group is balanced separately.
-        depth: place in the chain of taps of increasing depth, or None for terms outside it.
+        depth: position in the order of taps by depth; None for terms that are not ordered.
     """
 
     name: str
@@ -45,13 +45,13 @@ class TermSpec(NamedTuple):
 
 
 class Balancer(Protocol):
-    """Combines the named terms of an iteration to one loss."""
+    """Combines the named terms of an iteration into one loss."""
 
-    #: Whether it differentiates parts of the network: a compiled network has one backward pass, for all taps at once.
+    #: Whether it differentiates parts of the network, which a compiled network does not allow: it has one backward pass.
     needs_partial_backward: bool
 
     def detach_taps(self, taps: Taps) -> Taps:
-        """The taps that the losses are computed from."""
+        """The taps from which the losses are computed."""
         ...
 
     def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
@@ -98,7 +98,7 @@ class Balancer(Protocol):
 
 
 class Sum:
-    """The loss is the sum of its terms: every method but LSKD."""
+    """The loss is the sum of its terms, in every method except LSKD."""
 
     needs_partial_backward = False
 
@@ -119,13 +119,13 @@ class Sum:
         return torch.stack([value.reshape(()) for value in terms.values()]).sum()
 
     def after_backward(self) -> None:
-        """Nothing to balance."""
+        """Does nothing."""
 
     def end_epoch(self) -> None:
-        """Nothing to rescale."""
+        """Does nothing."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Nothing to optimise."""
+        """No parameters."""
         return []
 
     @property
@@ -134,23 +134,23 @@ class Sum:
         return {}
 
     def inherit(self, weights: Mapping[str, Tensor]) -> None:
-        """There is no λ to start."""
+        """Does nothing, because there is no λ."""
 
     def log_values(self) -> dict[str, Tensor]:
-        """Nothing to log."""
+        """No values."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """No state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Does nothing."""
 
 
 @dataclass
 class _Measured:
-    """What one iteration measured, averaged over processes: plain vectors over the terms.
+    """Measurements of one iteration, averaged over processes: vectors over the terms.
 
     Attributes:
         losses: ℓ_i.
@@ -190,8 +190,8 @@ class GradientEquilibrium:
     the last sum over taps of increasing depth. Ḡ and ρ are constants to the gradient, G_i is linear in λ_i, so ∂L̃/∂λ has a closed
     form. λ belongs to the optimiser (weight decay included) and is rescaled to sum to the number of terms after every epoch.
 
-    With an interval N above 1, ℓ_i and mean(∂ℓ_i/∂W_i) are measured at every Nth iteration and held for the N − 1 that follow, which
-    need no partial backward passes; λ still moves in each. L_i(0) is then of the last measurement of epoch 0.
+    With an interval N above 1, ℓ_i and mean(∂ℓ_i/∂W_i) are measured at every Nth iteration and used again in the N − 1 that follow,
+    which need no partial backward passes; λ is updated in each. L_i(0) is then from the last measurement of epoch 0.
 
     Args:
         terms: in the order of λ.
@@ -201,7 +201,7 @@ class GradientEquilibrium:
         dtype: of λ.
 
     Reference: LSKD (IEEE TIP 2024), regularised gradient equilibrium. In the release each process uses its own gradients and
-    losses, so that λ becomes different; here they are averaged over processes first. With one process the results are equal.
+    losses, so each has a different λ; here they are averaged over processes first. With one process the results are equal.
     """
 
     needs_partial_backward = True
@@ -256,10 +256,10 @@ class GradientEquilibrium:
         return self._detached.taps
 
     def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
-        """Σ λ_i ℓ_i, with λ a constant; measures mean(∂ℓ_i/∂W_i) on the way, while the graph is there.
+        """Σ λ_i ℓ_i, with λ a constant; also measures mean(∂ℓ_i/∂W_i), which needs the graph of the losses.
 
         Args:
-            terms: scalars by name; all balanced ones, and any others, which enter with weight 1.
+            terms: scalars by name: all balanced terms, and others, which have the weight 1.
             gradient_scale: see `Balancer.combine`.
 
         Returns:
@@ -273,7 +273,7 @@ class GradientEquilibrium:
             others = sum(ordered[len(self.terms) :])
             return (self.weights.detach() * torch.stack(ordered[: len(self.terms)])).sum() + others
         balanced = torch.stack(ordered[: len(self.terms)]).detach()  # n
-        # One backward pass for each loss: that of one element of a stack would traverse the graphs of all
+        # Each loss is differentiated by itself: a backward pass from an element of a stack would run through the graphs of all
         gradients = [self._detached.gradients(loss * gradient_scale) for loss in ordered]
         if any(gradients):
             self._measure(balanced, gradients, gradient_scale)
@@ -290,7 +290,7 @@ class GradientEquilibrium:
         self._measured = _Measured(losses_now, mean_gradients)
 
     def after_backward(self) -> None:
-        """Put ∂L̃/∂λ into λ's gradient."""
+        """Set the gradient of λ to ∂L̃/∂λ."""
         measured = self._measured
         if measured is None:
             return
@@ -302,7 +302,7 @@ class GradientEquilibrium:
         target = (self._group_rows @ gradients) * ratios**self.alpha
         measured.gradients, measured.ratios = gradients, ratios
         slope = EQUILIBRIUM_FACTOR * torch.sign(gradients - target) * measured.mean_gradients
-        # float16 may overflow in the gradient of one term where it does not in that of the sum
+        # In float16 the gradient of one term may overflow although that of the sum does not
         slope = torch.where(measured.mean_gradients.isfinite().all(), slope, 0.0)
         self.weights.grad = slope + self._regulariser_gradient(weights)
         self.iteration += 1
@@ -373,7 +373,7 @@ class GradientEquilibrium:
         return values
 
     def state_dict(self) -> dict:
-        """λ, L_i(0), the names they belong to, the position, and what the last iteration measured, which is logged at the epoch's end."""
+        """λ, L_i(0), the names of the terms, the position, and the last measurements, which are logged at the end of the epoch."""
         measured = self._measured if self._measured is not None and self._measured.ratios is not None else None
         return {
             "names": list(self.names),

@@ -6,7 +6,7 @@ stride 1 and with zero padding that the average counts:
     spatial   mean over taps of φ · mean over k ∈ SIDES of D(P_k(a²), P_k(b²))
     channel   mean over taps without the logits of ψ · D(Q(a²), Q(b²))
 
-D is the mean over images of the Euclidean distance. Both averages are linear, so that the difference a² − b² is averaged.
+D is the mean over images of the Euclidean distance. Both averages are linear, so the difference a² − b² is averaged.
 
 Reference: Zhang et al., "Representation Compensation Networks for Continual Semantic Segmentation", CVPR 2022, section 3.4.
 """
@@ -94,7 +94,7 @@ def channel(teacher: Sequence[Tensor], student: Sequence[Tensor], factors: Seque
 
 
 def _squared_change(teacher: Tensor, student: Tensor) -> Tensor:
-    """a² − b² as (a − b)(a + b), in which nearly equal squares do not cancel."""
+    """a² − b², computed as (a − b)(a + b), which avoids the cancellation of nearly equal squares."""
     a, b = at_least_float32(teacher), at_least_float32(student)
     return (a - b) * (a + b)
 

@@ -4,7 +4,7 @@ Local POD is linear in its squared input, so the difference of the squared maps 
 The sums of coarser cells are sums of these, and the squared distance is a quadratic form: with R (f, n) the sums over the
 columns of each of the f finest cells and C (f, n) those over the rows,
 
-    distance² = Σ R ∘ (Q R) / w² + Σ C ∘ (Q C) / h²,    Q_ij = Σ over scales s of s² [cells i and j lie in one cell of s].
+    distance² = Σ R ∘ (Q R) / w² + Σ C ∘ (Q C) / h²,    Q_ij = Σ over scales s of s² [cells i and j are in the same cell of s].
 
 Reference:
     Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, eq. 4-6.
@@ -37,7 +37,7 @@ def cell_size(features: Tensor, scale: int) -> tuple[int, int]:
 
 
 def usable_scales(features: Tensor, scales: Sequence[int]) -> list[int]:
-    """The scales whose cells have at least one pixel: a map of 3×3 has no 4×4 grid."""
+    """The scales whose cells have at least one pixel; a map of 3×3 pixels has no 4×4 grid."""
     return [scale for scale in scales if scale <= min(features.shape[-2:])]
 
 
@@ -61,7 +61,7 @@ def masked_weight(mask: Tensor | None, prepro: str) -> Tensor | None:
 
 
 def preprocessed_difference(teacher: Tensor, student: Tensor, prepro: str, mask: Tensor | None) -> Tensor:
-    """prepro(teacher·mask) − prepro(student·mask), for a mask ≥ 0 that may be soft."""
+    """prepro(teacher·mask) − prepro(student·mask), for a mask of values ≥ 0."""
     difference = PREPROCESS[prepro](teacher) - PREPROCESS[prepro](student)
     weight = masked_weight(mask, prepro)
     return difference if weight is None else difference * weight
@@ -180,7 +180,7 @@ def pod_distance(
     usable = tuple(usable_scales(student, scales))
     finest = max(usable)
     nested = all(side % finest == 0 for side in student.shape[-2:]) and all(finest % scale == 0 for scale in usable)
-    # Half precision would overflow in sums of squares: matrix products must not be autocast
+    # Without autocast, because sums of squares overflow in half precision
     with torch.autocast(student.device.type, enabled=False):
         if nested and prepro == "pow":
             weight = masked_weight(mask, prepro)

@@ -101,7 +101,7 @@ class TapOptions:
 
 
 class TapPlace(NamedTuple):
-    """Settings by the position of a tap: background mask, its factor, and whether the map is enlarged first."""
+    """Settings that depend on the position of a tap: background mask, its factor, and whether the map is enlarged first."""
 
     background_mask: bool
     downscale: bool
@@ -118,7 +118,7 @@ class PodOptions:
         after: options of the last tap.
         apply: `all`, `backbone` (the four stages) or `deeplab` (the taps after them) (`--pod_apply`).
         deeplab_mask: keep only old pixels in the last tap, or in all if `mask_position` is `all`.
-        deeplab_mask_factor: factor of masked taps, or None for theirs.
+        deeplab_mask_factor: factor of masked taps; None: the factor of the tap.
         deeplab_mask_downscale: resize the mask to the tap, not the tap to the mask.
         mask_position: `last` or `all`.
         interpolate_last: enlarge the last tap to the labels' size first (`--pod_interpolate_last`).
@@ -152,7 +152,7 @@ class PodOptions:
             options: the decoded JSON: `{"switch": {"before": {…}, "after": {…}, "mask_position": …,
                 "normalize_per_scale": …}, "difference_function": …, "difference_function_all": …}`, or None. The
                 first difference function is the last tap's, the second that of the taps before it.
-            default: what the other flags say (`--pod`, `--pod_factor`, `--pod_prepro`, `--spp_scales`).
+            default: options from the other flags (`--pod`, `--pod_factor`, `--pod_prepro`, `--spp_scales`).
             **rest: further attributes of this class.
 
         Returns:

@@ -24,7 +24,7 @@ def fold_extra_channels(student: Tensor, num_old: int, how: str = "sum") -> Tens
     Args:
         student: (B, C, h, w) with C ≥ num_old.
         num_old: channels of the teacher.
-        how: `sum` adds the new classes to the background, `trim` removes them.
+        how: `sum` adds the logits of new classes to that of the background, `trim` removes them.
 
     Returns:
         (B, num_old, h, w).
@@ -91,10 +91,10 @@ def align_tap(
     labels: Tensor | None = None,
     num_old: int | None = None,
 ) -> AlignedTap:
-    """Bring one tap of teacher and student to the same channels and size, as `--pod_options` and the flags beside it ask.
+    """Bring one tap of teacher and student to the same channels and size, as `--pod_options` and related flags define.
 
     Args:
-        teacher: (B, c, h, w) of the frozen model; small logits have one channel an old class.
+        teacher: (B, c, h, w) of the frozen model; small logits have one channel for each old class.
         student: (B, C, h, w) of the model in training.
         mask: as in `utils.loss.mask_guided_distillation`, or None.
         tap: options of this tap.
@@ -167,7 +167,7 @@ def pod_loss(terms: Sequence[Tensor | None], schedule: float = 1.0) -> Tensor:
 
     Args:
         terms: None for taps that are left out.
-        schedule: growing factor, sqrt(C / C_new) in PLOP.
+        schedule: factor that grows with the steps, sqrt(C / C_new) in PLOP.
 
     Returns:
         Scalar: the mean over the taps in use, times the schedule.
