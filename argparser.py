@@ -1,4 +1,4 @@
-"""The command line: the options that every method shares, and those that the parts of methods bring.
+"""The command line: the options that every method shares, and those that the parts of methods add.
 
     python run.py --help              all options
     python run.py --list_methods      the methods and what their presets set
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all groups of options, also those of methods."""
     parser = Parser(
         prog="run.py",
-        usage="run.py [options], all listed by run.py --help",  # the generated one hides an error under 80 lines
+        usage="run.py [options], all listed by run.py --help",  # argparse's own usage has 80 lines, which hide an error
         description="Class-incremental semantic segmentation: train one or several steps of a task.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="No option may be abbreviated. Flags marked 'no effect' are accepted for old scripts.",
@@ -91,10 +91,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # what is left in the namespace then stood on the command line
+        action.default = argparse.SUPPRESS  # the namespace then has only what the command line gives
     words = list(sys.argv[1:] if argv is None else argv)
     given = vars(parser.parse_args(words))
-    for dest in ("config", "preset"):  # the words of the last file stand first, and lose against all others
+    for dest in ("config", "preset"):  # later words win, and the words of the last file come first
         if given.get(dest):
             words = [*_words_of_file(parser, dest, given[dest]), *words]
             given = vars(parser.parse_args(words))
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rank = os.environ.get("LOCAL_RANK", str(opts.local_rank))
     if not rank.isdecimal() or len(rank) > 5:
         parser.error(
-            f"the local rank {rank[:20]!r} is not a number of a process; unset LOCAL_RANK or mend --local_rank"
+            f"the local rank {rank[:20]!r} is not a number of a process; unset LOCAL_RANK or correct --local_rank"
         )
     opts.local_rank = int(rank)
     opts.date = opts.date or date.today().isoformat()
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _words_of_file(parser: argparse.ArgumentParser, dest: str, path: str) -> list[str]:
-    """The words that the file of `--config` or `--preset` stands for; its faults are those of the command line."""
+    """The options in the file of `--config` or `--preset` as words of the command line."""
     try:
         options = config.load(Path(path))
         refused = {"config", "preset"} if dest == "preset" else {"config"}
@@ -148,14 +148,14 @@ def check(opts: argparse.Namespace) -> None:
 
 
 def restore(options: Mapping[str, Any], path: Path) -> argparse.Namespace:
-    """The options that a checkpoint holds, as far as `check` can judge them without the data.
+    """The options that a checkpoint contains, checked except for those that depend on the data.
 
     Args:
         options: of the checkpoint.
         path: of the checkpoint, for messages.
 
     Raises:
-        UserError: a value that no command line gives.
+        UserError: a value that the option cannot have.
     """
     opts = stored.restore(build_parser(), options, path)
     try:
@@ -199,7 +199,7 @@ def options_of_step(opts: argparse.Namespace, task: Task) -> argparse.Namespace:
 
 
 def _preset(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """Preset of the method for the data set and task, and the dests that only this task sets so."""
+    """Preset of the method for the data set and task, and the dests that it sets for this task only."""
     method = methods.METHODS.get(given.get("method") or "")
     if method is None:
         return {}, set()

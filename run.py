@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+if __name__ == "__main__":  # the imports take seconds; Ctrl-C during them ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def run(opts: Namespace) -> None:
-    """Join the other processes and go through the steps.
+    """Initialise the processes and run the steps.
 
     Args:
         opts: parsed and checked.
@@ -132,17 +132,17 @@ def run(opts: Namespace) -> None:
                 gc.collect()  # frees networks and optimiser, which reference each other, before the next step
     if faults := list(dict.fromkeys(faults)):
         raise distributed.SharedError(
-            f"--check_data found {len(faults)} faults; mend or remove these:\n" + "\n".join(faults)
+            f"--check_data found {len(faults)} faults; correct or remove these:\n" + "\n".join(faults)
         )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do for a step.
+    """What remains to be done for a step.
 
     Attributes:
         finished: it is trained, tested and recorded.
-        test_only: it is trained, or `--test` asks for nothing else.
+        test_only: it is trained already, or only a test is asked for (`--test`).
         resumed: an interrupted run of it is continued.
     """
 
@@ -182,7 +182,7 @@ class StepRun:
     def __init__(self, opts: Namespace, task: Task, device: torch.device, stop: StopRequest):
         self.opts, self.task, self.device, self.stop = opts, task, device, stop
         self.store = Store(opts, task)
-        #: Of the weights that this run trains; a test of given weights has its own
+        #: Origin of the weights that this run trains. A test of a given checkpoint has another one.
         self.origin = results.origin(opts, self.store.finished(task.step), plain_options(opts))
         self.log = Logger(progress=not opts.no_progress)
 
@@ -282,7 +282,7 @@ class StepRun:
         return StepData(opts, task, self.device), state, self._placed(model)
 
     def _placed(self, model: Network) -> Network:
-        """The network on the device, in the layout of the run."""
+        """The network on the device, in the memory format of the run."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.opts.channels_last else model
 
@@ -320,13 +320,15 @@ class StepRun:
                 teacher = self._teacher(method, previous)
         unfinished = self.store.load_unfinished() if resumed else None
         if self.store.damage:
-            self.log.info(f"note: {self.store.damage}; going on from the state before it")
+            self.log.info(f"note: {self.store.damage}; the state before it is continued")
         fresh = task.step == 0 and opts.ckpt is None and unfinished is None
         model = self._placed(segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model))
         method.attach(model, teacher, previous)
         data = StepData(opts, task, self.device, method.replay)
         if opts.val_by_teacher is not None and task.step > 0:
-            with torch.random.fork_rng():  # a network that is built for the validation does not change the training
+            with (
+                torch.random.fork_rng()
+            ):  # a network that is built for the validation must not change the random numbers of the training
                 judge = teacher or self._teacher(method, previous)
             data.val_loader = TeacherLabelled(data.val_loader, judge, opts.val_by_teacher)
         return Prepared(model, teacher, previous, unfinished, data)
@@ -364,10 +366,10 @@ class StepRun:
         distributed.on_main(lambda: self.store.save_finished(state, weights, inherited))
 
     def _set_aside(self, trainer: Trainer, error: NonFiniteLoss) -> None:
-        """Keep the last state of which the numbers are finite, for study."""
+        """Save the last state whose values are finite, for analysis."""
         path = self.store.finished(self.task.step).with_suffix(".nonfinite.pth")
         if trainer.divergence.state is None and isinstance(error, NonFiniteNetwork):
-            return  # the state before is not there any more
+            return  # no earlier state is in memory
         state = trainer.divergence.state or trainer.state_dict()
         distributed.on_main(lambda: checkpoint_files.save(path, {"state": state}))
         when = "in which it began to diverge" if trainer.divergence.state else "in which it was not finite"
@@ -411,7 +413,7 @@ class StepRun:
         place = f"step {self.task.step}, epoch {trainer.epoch + 1}, before iteration {trainer.iteration + 1}"
         trainer.require_finite(place)
         state = trainer.state_dict() | {"data": data.identity, "threads": torch.get_num_threads()}
-        self.log.flush()  # a resume writes the curves from this state on
+        self.log.flush()  # a resume continues the curves from this state
         distributed.on_main(lambda: self.store.save_unfinished(state))
 
     # -------------------------------------------------------------------- test
@@ -425,7 +427,7 @@ class StepRun:
             trainer: holds the network.
             data: of the step.
             iterations: that were trained, the abscissa of the test's curves.
-            history: of the training, an entry an epoch.
+            history: of the training, an entry for each epoch.
             origin: of the tested weights (`results.origin`).
         """
         task = self.task

@@ -44,6 +44,25 @@ def test_every_option_has_its_row(action):
     assert row(action) in PAGE, f"docs/command-line.md lacks this row, or it has another value or default:\n{meant}"
 
 
+@pytest.mark.parametrize("action", [a for a in ACTIONS if a.help.startswith("factor")], ids=lambda action: action.dest)
+def test_a_factor_is_called_a_factor(action):
+    """Otherwise a reader takes it for the value itself, such as a learning rate."""
+    (explanation,) = re.findall(f"^{re.escape(row(action))} (.*)", PAGE, flags=re.MULTILINE)
+    assert "factor" in explanation
+
+
+def test_the_row_of_lr_says_which_step_gets_which_rate():
+    """A rate for each place of --step, or the first for step 0 and the last for all later steps."""
+    (explanation,) = re.findall(r"^\| `--lr` .*\| (.*) \|$", PAGE, flags=re.MULTILINE)
+    for words in (
+        "one for all steps",
+        "one for each step of `--step`",
+        "the first for step 0",
+        "the last for all later steps",
+    ):
+        assert words in explanation
+
+
 def test_no_row_is_of_an_option_that_does_not_exist():
     first_cells = re.findall(r"^\| (`--[^|]*) \|", PAGE, flags=re.MULTILINE)
     named = {name for cell in first_cells for name in re.findall(r"`(--[\w-]+)`", cell)}

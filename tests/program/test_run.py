@@ -388,7 +388,7 @@ def test_a_folder_of_pictures_through_all_steps(tmp_path, capsys):
     later.write_bytes(sound[:-300])
     assert thin.launch(tmp_path, f"{text} --step 0 1 --check_data") == 2
     first, *listed = capsys.readouterr().err.splitlines()
-    assert first == "error: --check_data found 2 faults; mend or remove these:"
+    assert first == "error: --check_data found 2 faults; correct or remove these:"
     assert [str(path) in line for path, line in zip((image, later), listed, strict=True)] == [True, True]
     later.write_bytes(sound)
     for workers in (0, 1):
