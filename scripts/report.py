@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", default=[], choices=FORMATS, help="what to write beside report.html")
     arguments = parser.parse_args(argv)
     try:
-        found = runs.read(arguments.runs)
+        found, beginnings = runs.without_beginnings(runs.read(arguments.runs))
+        for label, longer in beginnings.items():
+            print(f"note: {label} is left out: its steps are the first ones of {longer}")
         print(page.steps_table(found).markdown())
         tasks = runs.by_task(found)
         output = Output(arguments.out)

@@ -46,6 +46,9 @@ def read(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError("its size")
         document = json.loads(path.read_text(encoding="utf-8"))
+        unit = document.get("unit") if isinstance(document, dict) else None
+        if isinstance(unit, str) and unit != UNIT:
+            raise ValueError(f"'unit' is {unit[:40]!r}, this version of the program knows {UNIT!r}")
         if place := next(_misfits(document), ""):
             raise ValueError(place)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from utils.reporting.runs import Group, Run, TaskRuns
 
@@ -262,6 +262,11 @@ def draw_history(run: Run, styles: Mapping[str, Mapping[str, Any]]) -> Figure | 
             axes.plot(places, heights, marker=".", label=name, **styles.get(name, style_of(8)))
         if logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(
+                FormatStrFormatter("%g")
+            )  # the usual one writes formulas, which are not parsed here
+            axes.yaxis.set_minor_locator(NullLocator())
         _prepare(axes, "", label)
         for end in np.cumsum(lengths)[:-1]:
             axes.axvline(end + 0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))

@@ -205,6 +205,8 @@ def read(paths: Sequence[Path]) -> list[Run]:
     files = find(paths)
     found = [documents.read(path) for path in files]
     for path, document in zip(files, found):
+        if not document["steps"]:
+            raise UserError(f"{path} has the scores of no step; leave it out, or test a step of that run first")
         require_complete(map(int, document["steps"]), path)
     labels = _different([document["name"] for document in found], [path.stem for path in files])
     labels = _different(labels, [str(path.with_suffix("")) for path in files])
@@ -215,6 +217,33 @@ def _different(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
     """The labels, with the longer one in the place of each that occurs more than once."""
     count = Counter(labels)
     return [long if count[label] > 1 else label for label, long in zip(labels, longer)]
+
+
+def without_beginnings(found: Sequence[Run]) -> tuple[list[Run], dict[str, str]]:
+    """Leave out runs whose steps are the first steps of a longer run, such as the step 0 that several methods share.
+
+    Args:
+        found: of any tasks.
+
+    Returns:
+        The other runs, and by the label of each run left out that of a run which has its steps: the same weights, tested in the
+        same way.
+    """
+    tests = {run.label: _tests(run) for run in found}
+    beginnings = {
+        run.label: longer.label
+        for run in found
+        for longer in found
+        if tests[run.label] and tests[run.label].items() < tests[longer.label].items()
+    }
+    return [run for run in found if run.label not in beginnings], beginnings
+
+
+def _tests(run: Run) -> dict[int, str]:
+    """By step the tested weights and how they were tested; empty for a run of an early version, which does not say."""
+    if not all(entry.get("weights_sha256") for entry in run.steps.values()):
+        return {}
+    return {step: f"{entry['weights_sha256']} {entry.get('evaluation')}" for step, entry in run.steps.items()}
 
 
 def by_task(runs: Sequence[Run]) -> list[TaskRuns]:
