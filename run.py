@@ -56,6 +56,7 @@ from utils.runtime.errors import NonFiniteLoss, NonFiniteNetwork
 from utils.runtime.signals import Stopped, StopRequest
 
 Network = TypeVar("Network", bound=torch.nn.Module)
+Entry = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +183,6 @@ class StepRun:
     def __init__(self, opts: Namespace, task: Task, device: torch.device, stop: StopRequest):
         self.opts, self.task, self.device, self.stop = opts, task, device, stop
         self.store = Store(opts, task)
-        #: Origin of the weights that this run trains. A test of a given checkpoint has another one.
         self.origin = results.origin(opts, self.store.finished(task.step), plain_options(opts))
         self.log = Logger(progress=not opts.no_progress)
 
@@ -418,9 +418,7 @@ class StepRun:
 
     # -------------------------------------------------------------------- test
 
-    def _test(
-        self, trainer: Trainer, data: StepData, iterations: int, history: list[dict[str, Any]], origin: dict[str, Any]
-    ) -> None:
+    def _test(self, trainer: Trainer, data: StepData, iterations: int, history: list[Entry], origin: Entry) -> None:
         """Test the trainer's network and record the scores.
 
         Args:

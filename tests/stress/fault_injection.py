@@ -159,7 +159,7 @@ def peer_dies(folder: Path, place: str, victim: int, more: tuple[str, ...] = ())
     wrong = "" if reached else f"{place} was not reached"
     if code is None:
         wrong = "the other process hangs"
-    elif code != 4 or "another process is gone" not in text or TRACEBACK in text:
+    elif code != 4 or "another process ended" not in text or TRACEBACK in text:
         wrong = f"exit code {code}: {text[-1500:]}"
     return {"case": f"process {victim} dies, {place}", "seconds": round(seconds, 1), "wrong": wrong}
 

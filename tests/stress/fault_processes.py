@@ -89,7 +89,7 @@ def loaders_killed(folder: Path) -> list[dict[str, Any]]:
             os.kill(loader, signal.SIGKILL)
         (code,) = job.finish(60)
         # A run that needs no more batches may end well
-        good = code == 0 or (code == 2 and "a process that loads data is gone" in job.output())
+        good = code == 0 or (code == 2 and "a process that loads data ended" in job.output())
         wrong = (
             "" if reached and good and TRACEBACK not in job.output() else f"exit code {code}: {job.output()[-1000:]}"
         )

@@ -109,7 +109,7 @@ def test_a_worker_that_is_ended_by_the_system_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "train_iteration", iteration)
     with thin.program():
         code, _, said = fault_inputs.execute(fault_parts.words(tmp_path, *SHORT, "--num_workers", "1"))
-    assert code == 2 and "a process that loads data is gone" in said and fault_parts.TRACEBACK not in said
+    assert code == 2 and "a process that loads data ended" in said and fault_parts.TRACEBACK not in said
 
 
 def test_interrupted_while_it_is_imported_the_program_says_nothing():

@@ -45,8 +45,8 @@ class Precision:
         device: where the run computes.
 
     Attributes:
-        dtype: what autocast computes in, or None for the parameters' own type.
-        scaler: gradient scaler, active for float16 alone.
+        dtype: in which autocast computes; None: that of the parameters.
+        scaler: gradient scaler, active for float16 only.
     """
 
     def __init__(self, opts: Namespace, device: torch.device):
@@ -63,7 +63,7 @@ class Precision:
         return torch.float16 if device.type == "cuda" else torch.bfloat16
 
     def describe(self, opt_level: str) -> str:
-        """One line for the log: what the official level means in this program."""
+        """A line for the log that says which precision an official level stands for."""
         if self.dtype is None:
             return "precision: float32 (O0)"
         name = str(self.dtype).removeprefix("torch.")
@@ -72,7 +72,7 @@ class Precision:
         return f"precision: autocast {name}{scaled} ({opt_level}{mapped})"
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Model and optimiser as the backend wants them; torch.amp takes them as they are."""
+        """Model and optimiser, prepared for the backend; torch.amp needs no change of them."""
         return model, optimizer
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -83,7 +83,7 @@ class Precision:
 
     @property
     def gradient_scale(self) -> float:
-        """Factor by which small float16 gradients are kept from becoming 0; 1 without a scaler."""
+        """Factor of the loss that keeps small float16 gradients from becoming 0; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
     @property
@@ -98,7 +98,7 @@ class Precision:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> None:
-        """Move the parameters, or skip the move and lower the scale when float16 overflowed."""
+        """Update the parameters; after an overflow in float16, skip the update and lower the scale instead."""
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -125,7 +125,7 @@ class ApexPrecision(Precision):
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def describe(self, opt_level: str) -> str:
-        """One line that says which backend computes."""
+        """A line for the log that names the backend."""
         return f"precision: apex.amp {opt_level}"
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -143,7 +143,7 @@ class ApexPrecision(Precision):
             scaled.backward()
 
     def step(self, optimizer: Optimizer) -> None:
-        """apex patches the optimiser's own step to skip overflows."""
+        """Update the parameters; apex has patched the optimiser to skip overflows."""
         optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,13 +157,13 @@ class ApexPrecision(Precision):
 
 
 def build(opts: Namespace, device: torch.device) -> Precision:
-    """The precision that the options name.
+    """Make the precision that the options choose.
 
     Args:
         opts: opt_level, amp_dtype, amp_backend.
         device: where the run computes.
 
     Returns:
-        A precision policy.
+        The precision.
     """
     return ApexPrecision(opts, device) if opts.amp_backend == "apex" else Precision(opts, device)

@@ -1,4 +1,4 @@
-"""Standard output and standard error that never end the program, whatever becomes of the terminal, the pipe or the file behind them."""
+"""Standard output and standard error whose errors (a closed pipe, a full disk) do not end the program."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, TextIO
 
 
 class TolerantStream:
-    """A text stream that is silent from the first error on: a full disk, a pipe whose reader is gone, a closed file.
+    """A text stream that writes nothing more after its first error: a full disk, a pipe whose reader ended, a closed file.
 
     Characters that the encoding lacks are written as escapes.
 
     Args:
-        stream: where the text goes; None, which Python gives where the stream was closed before the start: nowhere.
+        stream: to write to. Python gives None for a stream that was closed before the start; the text is then discarded.
         name: of the stream, for the note.
     """
 
     def __init__(self, stream: TextIO | None, name: str):
         self._stream: TextIO = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.name = name
-        #: Where the loss of this stream is said.
+        #: The stream to which an error of this stream is reported.
         self.other: TolerantStream | None = None
         self.lost = False
         if isinstance(self._stream, io.TextIOWrapper):
@@ -51,7 +51,7 @@ class TolerantStream:
 
     def _lose(self, error: Exception) -> None:
         self.lost = True
-        # What is still buffered would fail again at the exit of the program
+        # Buffered text would raise the error again at the exit of the program
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -64,7 +64,7 @@ class TolerantStream:
 
 @contextlib.contextmanager
 def tolerant() -> Iterator[None]:
-    """Within it an error of standard output or standard error is said once, on the other one, and ends nothing."""
+    """Context in which an error of standard output or standard error is reported once, on the other one, and does not end the program."""
     before = sys.stdout, sys.stderr
     out, err = TolerantStream(sys.stdout, "standard output"), TolerantStream(sys.stderr, "standard error")
     out.other, err.other = err, out

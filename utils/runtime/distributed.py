@@ -23,7 +23,7 @@ from utils.errors import UserError
 #: data set. That another process died is noticed earlier: at once with gloo, and with nccl the launcher ends all processes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
-#: The same while the processes join at the start; no process works on anything then.
+#: The same while the processes join at the start, when no process has other work.
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
 #: Parts of the messages of the back ends if another process is gone or cannot be reached.
@@ -31,7 +31,7 @@ _PEER_LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refu
 
 
 class SharedError(UserError):
-    """A user's error that all processes have; the main process alone prints it."""
+    """A user's error that is raised on all processes; only the main process prints it."""
 
 
 def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
@@ -45,8 +45,8 @@ def initialise(device: str = "auto", local_rank: int = 0) -> torch.device:
         The device this process computes on.
 
     Raises:
-        UserError: CUDA asked for on a machine without it, or more processes than GPUs.
-        DistError: not all processes came within `RENDEZVOUS_TIMEOUT`.
+        UserError: CUDA is asked for on a machine without it, or there are more processes than GPUs.
+        DistError: not all processes joined within `RENDEZVOUS_TIMEOUT`.
     """
     local_rank = _number("LOCAL_RANK", local_rank)
     check_device(device)
@@ -90,7 +90,7 @@ def _number(variable: str, default: int) -> int:
 
 
 def _check_environment() -> None:
-    """Refuse environment variables with which several processes could not join."""
+    """Refuse environment variables with which the processes could not find each other."""
     world, variables = _number("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in variables if not os.environ.get(name)]
     if missing or _number("RANK", 0) >= world or _number("MASTER_PORT", 0) > 65535:
@@ -129,13 +129,13 @@ def is_main() -> bool:
 def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> DistributedDataParallel:
     """The model with gradients averaged over the processes.
 
-    The gradients are views of the buffers in which they travel, not copies: the memory of one set of gradients is saved. Every
+    The gradients are views of the buffers that are sent, not copies, which saves the memory of one set of gradients. Every
     trained parameter takes part in every forward pass, so DDP does not search for unused ones.
 
     Args:
         model: on its device.
         device: of this process.
-        follow_main: give the buffers of the main process to all before every forward pass.
+        follow_main: copy the buffers of the main process to all others before every forward pass.
 
     Returns:
         The wrapper; the model is its `module`.
@@ -147,7 +147,7 @@ def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> Distribut
 
 
 def first_here() -> bool:
-    """Whether this is the first process of its machine; it can be asked before the processes have joined."""
+    """Whether this is the first process of its machine; may be called before the processes have joined."""
     return os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
@@ -162,7 +162,7 @@ def should_print(error: Exception) -> bool:
 
 
 def peer_lost(error: Exception) -> bool:
-    """Whether an exception says that another process is gone or did not start."""
+    """Whether an exception means that another process ended or did not start."""
     if isinstance(error, dist.DistError):
         return True
     return active() and any(sign in str(error).lower() for sign in _PEER_LOST)
@@ -261,7 +261,7 @@ def run_on_all(action: Callable[[], Any]) -> Any:
         What the action returned on this process.
 
     Raises:
-        SharedError: with the text of every process's UserError or OSError, equal ones said once.
+        SharedError: with the texts of the UserError or OSError of all processes; equal texts occur once.
     """
     result, fault = None, None
     try:
@@ -277,5 +277,5 @@ def run_on_all(action: Callable[[], Any]) -> Any:
 
 
 def max_over_ranks(number: int) -> int:
-    """The highest number of all processes, such as the signal of a stop request."""
+    """The largest number of all processes, such as the signal of a stop request."""
     return max(gather_objects(number))

@@ -17,7 +17,7 @@ REMEDY = "lower --lr, --pod_factor or --loss_kd"
 
 #: A loss diverges if the total exceeds this many times that of the step's first iteration.
 FACTOR = 100.0
-#: Bounds of that first total: a lower one counts as the first, a higher one as the second.
+#: Range to which that first total is clamped.
 LEAST_REFERENCE, GREATEST_REFERENCE = 1.0, 1000.0
 
 
@@ -25,7 +25,7 @@ class DivergenceWatch:
     """Detects that the total loss of a step diverges.
 
     It diverges in an iteration if |total| > 100 · r, where r is |total| of the step's first iteration, at least 1 and at most 1000. A
-    training that converges stays far below that. A loss above it is still finite, but the next steps destroy the weights.
+    training that converges stays far below it. A loss above it is finite, but the next steps would spoil the weights.
 
     Attributes:
         reference: |total| of the first iteration; None before it.
@@ -64,7 +64,7 @@ class DivergenceWatch:
 
         Args:
             values: losses by name, the total as "loss".
-            where: the iteration and its losses.
+            where: number and losses of the iteration, as text.
             remedy: the method's advice for losses, "" if it has none.
         """
         advice = remedy(values) or REMEDY
@@ -72,21 +72,21 @@ class DivergenceWatch:
 
     def failure(self, values: dict[str, float], where: str, remedy: Callable[[dict[str, float]], str]) -> str:
         """Message for an iteration whose loss is NaN or infinite; the arguments are those of `warning`."""
-        if self.values:  # the cause is the term that grew first, not this batch
+        if self.values:  # the cause is the term that began to grow, not this batch
             return f"non-finite loss after it diverged, at {where}; {remedy(self.values) or REMEDY}"
         advice = remedy(values) or f"{REMEDY}, or skip such batches with --skip_nonfinite N"
         return f"non-finite loss at {where}; {advice}"
 
 
 def require_finite(network: nn.Module, place: str) -> None:
-    """Refuse a network with weights or statistics that are NaN or infinite, on whichever process. Call it on all processes.
+    """Refuse a network that has NaN or infinite weights or statistics on any process. Call it on all processes.
 
     Args:
         network: all its parameters and buffers are read.
         place: where in the training this is, for the message.
 
     Raises:
-        NonFiniteNetwork: names the first such tensor and what helps.
+        NonFiniteNetwork: names the first such tensor and the remedy.
     """
     named = [*itertools.chain(network.named_parameters(), network.named_buffers())]
     named = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]

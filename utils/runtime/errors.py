@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.runtime import distributed, memory
 from utils.runtime.signals import Stopped
 
-#: Exit codes: a user's error, a loss that is not finite, another process that is gone.
+#: Exit codes: a user's error, a loss that is not finite, another process that ended.
 USER_ERROR, NON_FINITE, PEER_LOST = 2, 3, 4
 
 
@@ -19,7 +19,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class NonFiniteNetwork(NonFiniteLoss):
-    """A weight or a statistic of the network is NaN or infinite: no batch can be learned from any more."""
+    """A weight or a statistic of the network is NaN or infinite, so that training cannot continue."""
 
 
 def report(error: Exception, debug: bool) -> int | None:
@@ -30,7 +30,7 @@ def report(error: Exception, debug: bool) -> int | None:
         debug: also print the traceback.
 
     Returns:
-        The exit code; None for a bug, which is to be raised.
+        The exit code; None for a bug, which the caller raises again.
     """
     said, code = distributed.is_main(), NON_FINITE
     text = f"error: {error}"
@@ -45,9 +45,7 @@ def report(error: Exception, debug: bool) -> int | None:
         said, code, text = True, USER_ERROR, f"error: {lack}"
     elif distributed.peer_lost(error):
         said, code = True, PEER_LOST
-        text = (
-            f"error: process {distributed.rank()} ends because another process is gone ({str(error).splitlines()[0]})"
-        )
+        text = f"error: process {distributed.rank()} ends because another process ended ({str(error).splitlines()[0]})"
     elif not isinstance(error, NonFiniteLoss):
         return None
     if debug:

@@ -14,18 +14,20 @@ _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def shortage(error: BaseException) -> str:
-    """A sentence about an error whose cause is full memory or a process that loads data.
+    """A message for an error whose cause is full memory or a worker process that ended.
 
     Args:
-        error: what ended the program.
+        error: that ended the program.
 
     Returns:
-        The sentence with its remedy; "" for any other error.
+        The message with its remedy; "" for any other error.
     """
     text = str(error)
-    if "DataLoader worker (pid" in text:  # "DataLoader worker process" stands in the message of an exception within one
+    if (
+        "DataLoader worker (pid" in text
+    ):  # "DataLoader worker process" is in the message of an exception raised in a worker
         return (
-            "a process that loads data is gone (did the system end it because the memory is full?); "
+            "a process that loads data ended (did the system end it because the memory is full?); "
             "lower --num_workers, then repeat the command with --resume"
         )
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in text for sign in _SIGNS):
@@ -39,7 +41,7 @@ def trial(batch_size: int, pixels: int) -> Iterator[None]:
 
     Args:
         batch_size: images of a batch.
-        pixels: their side.
+        pixels: height and width of the images.
 
     Raises:
         UserError: with the remedy.

@@ -12,7 +12,7 @@ from utils.runtime import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-#: A launcher forwards the signal that the whole process group got already: within this time a second signal is the same request.
+#: A launcher forwards a signal that the process group has received already; a second signal within this time is the same request.
 FORWARDING_SECONDS = 5.0
 
 
@@ -25,15 +25,15 @@ class Stopped(Exception):
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        #: What a shell expects of a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
+        #: 128 + the number of the signal, as for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
         self.exit_code = 128 + signum
 
 
 class StopRequest:
-    """Remembers the first stop signal while it is entered as a context; a second one ends the program at once.
+    """Context that records the first stop signal; a second one ends the program at once.
 
     Attributes:
-        signum: 0 until a signal came, then its number.
+        signum: number of the signal; 0 before one is received.
     """
 
     def __init__(self) -> None:

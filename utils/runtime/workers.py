@@ -1,7 +1,8 @@
-"""Processes that load data: how they start, which signals they obey, how they end.
+"""Worker processes that load data: their start, their signals and their end.
 
-A server process forks them, and not the training process: a copy of a process with several threads, such as those of a communication
-back end, can wait for ever for a thread that only the original has. The server has one thread, and has imported the program already.
+They are forked by a server process (forkserver), not by the training process: a fork of a process with several threads, such as those
+of a communication back end, can wait forever for a thread that exists only in the parent. The server has one thread, and has imported
+the program already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.runtime.signals import SIGNALS
 
-#: How the processes are started, by its name in `multiprocessing`.
+#: Start method of the processes, by its name in `multiprocessing`.
 START_METHOD = "forkserver"
 
 #: What the server imports before it forks: the program, so that its forks import the main module again within milliseconds, and what
@@ -26,15 +27,15 @@ START_METHOD = "forkserver"
 PRELOADED = ("run", "torchvision.transforms.v2")
 ROOT = Path(__file__).resolve().parents[2]
 
-#: How often a process that loads data looks whether its training process is still there.
+#: Interval in seconds at which a worker checks whether its training process still runs.
 ORPHAN_SECONDS = 0.25
 
-#: Where the processes that load data deliver no batch for so long, the run ends.
+#: The run ends if the workers deliver no batch for this many seconds.
 STALLED_SECONDS = 300.0
 
 
 def start_server() -> None:
-    """Start the server, unless it runs. It imports for seconds, which it does beside the training process: call it early.
+    """Start the server unless it runs. Its imports take seconds, in parallel with the training process, so call it early.
 
     The server and its forks never receive SIGTERM and SIGINT, which a batch system and a terminal send to all processes of a run: the
     training process still needs them.
@@ -42,10 +43,10 @@ def start_server() -> None:
     multiprocessing.set_forkserver_preload(list(PRELOADED))
     with _in_folder(
         ROOT
-    ):  # the server imports what lies in its working folder; up to Python 3.12 it ignores this process's sys.path
+    ):  # the server imports from its working folder; up to Python 3.12 it ignores the sys.path of this process
         with _environment("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"):
-            # Here, because it unblocks SIGNALS once it has started its process. That process removes the semaphores that a killed training
-            # leaves, which is nothing to warn of.
+            # It is started here, because it unblocks SIGNALS after its start. Its process removes the semaphores that a killed training
+            # leaves, which needs no warning.
             resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -56,7 +57,7 @@ def start_server() -> None:
 
 @contextlib.contextmanager
 def _environment(name: str, added: str) -> Iterator[None]:
-    """Processes started within it have this, too, in a variable whose values are separated by commas."""
+    """Context that adds a value to an environment variable whose values are separated by commas, for processes that are started in it."""
     before = os.environ.get(name)
     os.environ[name] = f"{before},{added}" if before else added
     try:
@@ -77,14 +78,14 @@ def _in_folder(folder: Path) -> Iterator[None]:
 
 
 def follow_training(worker: int) -> None:
-    """Make a process that loads data end when its training process says so with SIGTERM, or is gone; a `worker_init_fn`.
+    """Make a worker end when its training process sends SIGTERM or has ended; a `worker_init_fn`.
 
     Args:
-        worker: number of the worker, as a DataLoader hands it over.
+        worker: number of the worker, which DataLoader passes.
     """
     if hasattr(signal, "sigtimedwait"):
         threading.Thread(target=_follow, daemon=True).start()
-    else:  # a process does not learn who signals it: it obeys everybody, and torch notices within seconds that the parent is gone
+    else:  # the sender of a signal is not known here: every SIGTERM is obeyed, and torch notices within seconds that the parent ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
@@ -100,9 +101,9 @@ def _follow() -> None:
 
 @contextlib.contextmanager
 def stall_watch() -> Iterator[None]:
-    """Wait for a batch within it: it ends the wait after `STALLED_SECONDS`, in the main thread of the process.
+    """Context for waiting for a batch in the main thread; raises after `STALLED_SECONDS`.
 
-    Time in which the process itself was stopped does not count.
+    Time in which the process itself was suspended does not count.
 
     Raises:
         UserError: with the remedy.
@@ -128,7 +129,7 @@ def stall_watch() -> Iterator[None]:
 
 
 def kill_workers() -> None:
-    """End every process that loads data: one that is stuck does not hear SIGTERM, and Python would wait for it at its exit."""
+    """Kill every worker: one that hangs does not react to SIGTERM, and Python would wait for it at exit."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -299,7 +299,7 @@ def test_an_error_of_one_ends_the_others(ended):
     assert codes(ended, "unreadable") == [errors.PEER_LOST, 2]
     first, second = said(ended, "unreadable")
     assert second == "error: image b.png cannot be read\n"
-    assert first.startswith("error: process 0 ends because another process is gone") and first.count("\n") == 1
+    assert first.startswith("error: process 0 ends because another process ended") and first.count("\n") == 1
     assert ended[0]["unreadable"][0]["seconds"] < 60
 
 

@@ -181,7 +181,7 @@ def test_one_that_is_gone_is_noticed():
     with pytest.raises(RuntimeError) as raised:
         list(loader(loaded_sets.Killed()))
     assert time.monotonic() - began < 15
-    assert "a process that loads data is gone" in memory.shortage(raised.value)
+    assert "a process that loads data ended" in memory.shortage(raised.value)
 
 
 def test_a_server_that_is_gone_is_started_again():
