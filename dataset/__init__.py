@@ -1,4 +1,4 @@
-"""The data sets: `DATASETS` names them, `build` makes the three data sets of a step, `check_data` reads every file.
+"""The data sets: `DATASETS` lists them, `build` makes the three sets of a step, `check_data` reads every file.
 
 A new data set is a file with a `Layout` (where the files are, what the classes are called) and a line in `DATASETS`.
 """
@@ -166,7 +166,7 @@ def pictured(opts: Namespace, task: Task, count: int) -> SegmentationSet:
     shows = source.presence()[:, ids].copy()  # images × classes
     chosen: list[int] = []
     while len(chosen) < min(count, int(source.presence()[:, ids].any(axis=1).sum())):
-        if not shows.any():  # every class is shown: begin again with the images that are left
+        if not shows.any():  # all classes are shown: continue with the remaining images and all classes
             shows = source.presence()[:, ids].copy()
             shows[chosen] = False
         best = int(shows.sum(axis=1).argmax())
@@ -207,7 +207,7 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
     """
     problems: list[str] = []
     layout = _layout(opts)
-    if layout is None:  # drawn, not read
+    if layout is None:  # the scenes are drawn; there are no files
         return problems
     for train in (True, False):
         source = FileSource(layout, _root(opts), train, problems)
@@ -215,7 +215,7 @@ def check_data(opts: Namespace, task: Task) -> list[str]:
         if task.domain:
             shown = source.domains()
         ids = task.new if train and not opts.val_on_trainset else task.seen
-        # a bad mask does not say whether the step uses its image
+        # whether the step uses an image is not known if its mask cannot be read
         bad = np.array([bool(problem) for problem in found], dtype=bool)
         looked_at = np.union1d(np.flatnonzero(bad), select(shown, _wanted(task, ids))).astype(np.int64)
         for index, problem in zip(looked_at, source.inspect(looked_at, decode=True)[1]):

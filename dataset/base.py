@@ -18,7 +18,7 @@ Transform = Callable[[Tensor, Tensor], Pair]
 
 
 class Source(Protocol):
-    """All images and masks of a split in a fixed order, read from files or drawn, whatever the task."""
+    """All images and masks of a split in a fixed order, read from files or drawn; independent of the task."""
 
     #: Its name in messages, such as "split train_aug of voc".
     title: str
@@ -52,7 +52,7 @@ class SegmentationSet(Dataset):
     """Some images of a source, with the labels of a step.
 
     The random draws of a sample depend only on the seed, the purpose, the step, the epoch and the image. They do not depend
-    on the number of worker processes or on the order in which samples are read, so that no state of the workers has to be
+    on the number of worker processes or on the order in which samples are read, so no state of the workers has to be
     saved for a resume.
 
     Args:
@@ -86,7 +86,7 @@ class SegmentationSet(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) float32, normalised, and labels (H, W) uint8, an eighth of the bytes of int64."""
+        """Image (3, H, W) float32, normalised, and labels (H, W) uint8, which take an eighth of the memory of int64."""
         return self.crop(position, int(self._stream))
 
     def crop(self, position: int, stream: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ the data files (names, sizes, modification times) and is replaced if the fingerp
 name and renamed, under a lock, so that only one of several processes or jobs scans.
 
 It is a line with the fingerprint and the SHA-256 of the rest, followed by 32 bytes for each image, a bit for each class. The file may
-come from strangers together with the data; this format contains no sizes or types that a reader would have to trust.
+come with data from an unknown source; the format contains no sizes or types that a reader would have to trust.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fingerprint(paths: Sequence[str], what: str) -> str:
 
 
 def condense(problems: Sequence[str], files: int, title: str) -> list[str]:
-    """The problems of a split; a fault that nearly every file has, nine of ten, is listed three times and counted.
+    """The problems of a split. A fault that nine of ten files or more have is listed three times and counted.
 
     Args:
         problems: a sentence for each; sentences that differ in the name of the file and in numbers alone are one fault.
@@ -91,7 +91,7 @@ def cached(root: Path, name: str, key: str, rows: int, compute: Callable[[], np.
     if found is not None:
         return found
     with _lock(path.with_suffix(".lock")):
-        found = _load(path, key, rows)  # another job may have scanned while this one waited
+        found = _load(path, key, rows)  # another job may have scanned the masks in the meantime
         if found is None:
             found = compute()
             _store(path, key, found)
@@ -102,7 +102,7 @@ def _writable_folder(root: Path) -> Path | None:
     """The folder of the cache: beside the data, else in the user's cache folder, else none."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     beside = root / FOLDER
-    # The superuser can write everywhere; a data set that nobody has write permission for is left as it is nevertheless
+    # The superuser can write everywhere, but should not change a data set for which nobody has write permission
     candidates = [beside] if beside.is_dir() or root.stat().st_mode & 0o222 else []
     for folder in (*candidates, user / FOLDER.removeprefix(".")):
         with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ def _writable_folder(root: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """The lock of a cache file. On a file system without locks the jobs go on without it and scan more than once."""
+    """The lock of a cache file. On a file system without locks each job scans by itself."""
     lock = FileLock(path, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()

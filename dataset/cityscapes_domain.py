@@ -4,8 +4,8 @@
               gtFine/{train,val}/CITY/*_gtFine_labelIds.png
 
 Domains 0 to 17 are the cities of train/, 18 to 20 those of val/, each in alphabetical order. The files of each city are
-shuffled by RandomState(1); the first 80 % are for training, the rest for validation. Each city is split by itself, so
-that the split is the same for every task and no test image is a training image of another step.
+shuffled by RandomState(1); the first 80 % are for training, the rest for validation. Each city is split separately, so
+the split is the same for every task and no test image is a training image of another step.
 """
 
 from __future__ import annotations

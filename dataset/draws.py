@@ -13,12 +13,12 @@ from utils.random_streams import stream_seed
 
 
 class ClassDraws(Dataset):
-    """Crops of some images, each image drawn with replacement: draw k is the same on all processes and after a resume.
+    """Random crops of some images, drawn with replacement. Draw k is the same on all processes and after a resume.
 
     Args:
         data: the images of a step with their training transform.
-        positions: those to draw from, at least one.
-        label: what the draws serve, one of the step's labels; each has its own.
+        positions: of the images to draw from, at least one.
+        label: one of the step's labels; each label has its own draws.
         length: number of draws.
     """
 

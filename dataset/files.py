@@ -2,8 +2,8 @@
 
     python dataset/files.py < job.json > answer.json
 
-The scan runs in processes (Pillow decodes under Python's global lock), and those are plain subprocesses of this file:
-it imports neither torch nor anything else of the program but utils/errors.py, so that one starts in a tenth of a second.
+The scan runs in processes (Pillow decodes under Python's global lock), which are started with this file as
+their program. It imports only utils/errors.py of the program, and not torch, so that a process starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-if __name__ == "__main__":  # started as a program, from whatever folder
+if __name__ == "__main__":  # started as a program, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from utils.errors import UserError
@@ -36,7 +36,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 _LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
-#: Modes of images with 8 bits a channel or fewer, and of grey images with 16. Others hold numbers whose range nobody says.
+#: Modes of images with at most 8 bits a channel, and of grey images with 16. The range of values in other modes is not known.
 _MODES_OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
 _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
@@ -45,7 +45,7 @@ _TOO_LARGE = "there is a limit of {} pixels: make it smaller, or cut it into par
 
 
 class MaskColours(NamedTuple):
-    """What the colours of masks mean.
+    """The mask values that colours stand for.
 
     Attributes:
         values: mask value by colour, packed as red · 65536 + green · 256 + blue.
@@ -60,7 +60,7 @@ def _open(path: str, what: str) -> Image.Image:
     """The opened, not yet decoded image; UserError that names the file where that fails."""
     try:
         if stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-            raise OSError("it is no regular file")  # reading a pipe would wait for ever
+            raise OSError("it is no regular file")  # reading a pipe might never end
         image = Image.open(path, formats=_FORMATS)
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
@@ -238,7 +238,7 @@ def inspect(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the main process alone, which then ends them
+            start_new_session=True,  # Ctrl-C reaches only the main process, which then ends them
         )
         for _ in jobs
     ]

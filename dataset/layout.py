@@ -31,7 +31,7 @@ class Layout:
 
     Attributes:
         name: the `--dataset` value.
-        hint: where the files come from, for the message when they are missing.
+        hint: where to get the files, for the message if they are missing.
         classes: names of the classes by id, background first; of the labels in a domain-incremental data set.
         domains: names of the domains, or empty.
         split_names: names of the training and the validation split.
@@ -78,7 +78,7 @@ def read_lines(path: Path, hint: str) -> list[str]:
 
     A byte order mark at the start, which some editors on Windows write, is removed.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+    if path.exists() and not path.is_file():  # reading a pipe might never end
         raise UserError(f"{path} is not a file: {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""The samples of a process and their order, which depend on seed, step and epoch alone, so that a run can continue at any batch."""
+"""The samples of each process and their order, which depend only on seed, step and epoch, so a run can continue at any batch."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Loader:
     """Batches of a data set, loaded by worker processes.
 
     Args:
-        data: what is loaded. With workers it is pickled for each of them.
+        data: the samples. It is pickled for each worker.
         sampler: which samples, in which order.
         batch_size: samples of a batch.
         opts: num_workers, random_seed.
@@ -146,12 +146,12 @@ class Loader:
                 if batch is None:
                     return
                 yield batch
-        except Exception:  # it ends the run; torch would wait five seconds for each process first
+        except Exception:  # the run ends; torch would first wait five seconds for each process
             workers.kill_workers()
             raise
 
     def close(self) -> None:
-        """End the worker processes now, and not when the garbage collector finds the loader."""
+        """End the worker processes now; otherwise they end when the loader is garbage collected."""
         self._loader = None
 
 
@@ -222,7 +222,7 @@ class LoadedBatches:
         data: the training set.
         sampler: of this process.
         opts: num_workers, random_seed.
-        pin_memory: put the batches where a GPU fetches them faster.
+        pin_memory: put the batches into pinned memory, from which a GPU copies faster.
     """
 
     def __init__(self, data: SegmentationSet | JoinedSet, sampler: EpochSampler, opts: Namespace, pin_memory: bool):
@@ -274,7 +274,7 @@ class LoadedBatches:
         return self.data.indices
 
     def close(self) -> None:
-        """End the worker processes now, and not when the garbage collector finds the loader."""
+        """End the worker processes now; otherwise they end when the loader is garbage collected."""
         self.loader.close()
 
 
@@ -295,7 +295,7 @@ class FixedBatches:
         return np.arange(len(self.batches))
 
     def set_position(self, epoch: int, first_batch: int = 0, purpose: str = TRAINING) -> None:
-        """See `TrainingBatches`; epoch and purpose change nothing."""
+        """See `TrainingBatches`; epoch and purpose have no effect."""
         self.first_batch = first_batch
 
     def __len__(self) -> int:
@@ -309,12 +309,12 @@ class FixedBatches:
         return iter(self.batches)
 
     def class_shares(self) -> Tensor:
-        """See `TrainingBatches`; labels stand for class ids."""
+        """See `TrainingBatches`; the labels are taken as class ids."""
         labels = [label for _, batch in self.batches for label in batch.long()]
         return torch.stack([label.flatten().bincount(minlength=256) / label.numel() for label in labels])
 
     def draws(self, positions: Sequence[int], label: int, count: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `TrainingBatches`; the images in turn, as they are."""
+        """See `TrainingBatches`; returns the images in turn, without a crop."""
         samples = [pair for images, labels in self.batches for pair in zip(images, labels)]
         for number in range(count):
             image, mask = samples[positions[number % len(positions)]]

@@ -22,7 +22,7 @@ _LOOKS = (
 )  # fmt: skip
 CLASSES = ("background", *(f"{texture} {silhouette}" for texture, silhouette in _LOOKS))
 
-#: Pictures are drawn at the crop size up to this; a larger crop enlarges them, as it does with real photographs.
+#: Pictures are drawn at the crop size, but at most at this size; for a larger crop they are enlarged, as photographs are.
 MAX_SIZE = 128
 
 
@@ -95,7 +95,7 @@ def _draw_object(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, 
     pattern = _texture(texture, columns / period + shift[0], rows / period + shift[1], dark < 0.5)
     colours = _two_colours(rng)
     image[here] = np.where((depth > 0)[..., None], colours[pattern.astype(np.intp)], image[here])
-    border = max(0.8, side / 64)  # one or two pixels in all
+    border = max(0.8, side / 64)  # one or two pixels wide
     mask[here][depth > -border] = IGNORE
     mask[here][depth > border] = class_id
 
@@ -146,7 +146,7 @@ class ShapesSource:
         return draw(self.seed, index, self.size)
 
     def files(self, index: int) -> tuple[str, ...]:
-        """A name that stands for the scene in messages, as there is no file."""
+        """A name of the scene for messages; there is no file."""
         return (f"shapes/{self.split}/{index}",)
 
     def presence(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 #: Scans of fewer masks than this are not logged.
-_SILENT = 500
+_LOGGED_FROM = 500
 
 
 class FileSource:
@@ -82,7 +82,7 @@ class FileSource:
         return shown
 
     def _scan(self) -> np.ndarray:
-        if len(self) >= _SILENT:
+        if len(self) >= _LOGGED_FROM:
             _LOG.info("reading the %d masks of %s, once", len(self), self.title)
         shown, problems = self.inspect(np.arange(len(self)))
         problems = [problem for problem in problems if problem]

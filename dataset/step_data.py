@@ -49,7 +49,7 @@ def require_later_steps(opts: Namespace) -> None:
 
 
 def check_step(opts: Namespace, task: Task) -> list[str]:
-    """Read every image and mask of a step and say what was found; returns a sentence for each bad one."""
+    """Read every image and mask of a step, print the result, and return a sentence for each bad file."""
     faults = distributed.on_main(lambda: dataset.check_data(opts, task))
     if distributed.is_main():
         said = f"{len(faults)} faults" if faults else "every image and mask can be read"
@@ -63,7 +63,7 @@ class StepData:
     Args:
         opts: options of the step.
         task: the step.
-        device: where the batches go.
+        device: to which the batches are copied.
         replay: the method's `replay`, which extends the training set by a memory of earlier steps; None for a test, which accepts
             any number of training images.
 
@@ -97,7 +97,7 @@ class StepData:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What a resume must find again: the training images in their order, as a digest, their number and the batches of an epoch."""
+        """What must be the same after a resume: digest of the training images in their order, their number and the batches of an epoch."""
         data, root = self.batches.data, str(Path(self.opts.data_root))
         digest = hashlib.blake2b(digest_size=16)
         for position in range(len(data)):

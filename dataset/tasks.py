@@ -27,7 +27,7 @@ OFFLINE = "offline"
 LABEL_KINDS = ("current", "current+old", "new", "test")
 
 _TABLES = Path(__file__).with_name("tasks.json")
-_MAX_TASK_FILE = 1 << 20  # bytes; a task file is a page of numbers, anything larger is another file
+_MAX_TASK_FILE = 1 << 20  # bytes; task files are much smaller
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # the name becomes part of file names
 
 
@@ -169,7 +169,7 @@ def _tables() -> dict[str, Any]:
 KNOWN = tuple(_tables())
 
 
-#: Names that papers give to official tasks.
+#: Official names of tasks by their names in papers.
 _NAMES_IN_PAPERS = {("voc", "15-1"): "15-5s", ("ade", "50-50"): "50"}
 
 

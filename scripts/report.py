@@ -82,7 +82,7 @@ def write_tables(tasks: Sequence[TaskRuns], found: Sequence[Run], formats: Seque
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write the page and what `--formats` asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="JSON files of runs, or folders that hold some")
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files of runs, or folders that contain some")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder of the report")
     parser.add_argument("--formats", nargs="+", default=[], choices=FORMATS, help="what to write beside report.html")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What the trainer and the phases of a method share: device, log, stop requests, and when the state is saved."""
+"""`Context`: what the trainer and the phases of a method share: device, log, stop request, and the time of the last save."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ class Context:
         return distributed.any_true(time.monotonic() - self.saved_at > 60 * self.save_minutes, self.device)
 
     def saved(self) -> None:
-        """Note that the state was saved."""
+        """Record that the state was saved now."""
         self.saved_at = time.monotonic()

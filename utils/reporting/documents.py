@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
     if document.get("unit") is None:
         entries = {step: _entry_in_percent(entry) for step, entry in entries.items()}
     averages = average_over_steps({int(step): entry["all"] for step, entry in entries.items()})
-    # Earlier versions knew no harmonic mean, and averaged in spite of missing steps
+    # Files of earlier versions have no harmonic mean, and averages although steps are missing
     for step, entry in entries.items():
         entry["harmonic_mean"] = harmonic_mean(entry["old"], entry["new"])
         entry["average_over_steps"] = averages[int(step)]
@@ -70,14 +70,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def percent(value: Any) -> Any:
-    """Fractions as percentages: a number, None, or a dictionary of these."""
+    """Convert fractions to percentages: a number, None, or a dictionary of these."""
     if isinstance(value, dict):
         return {key: percent(part) for key, part in value.items()}
     return None if value is None else 100 * value
 
 
 def epoch_in_percent(epoch: dict[str, Any]) -> dict[str, Any]:
-    """An entry of the history; the validation of earlier versions, "val_miou", was a fraction."""
+    """Convert an entry of the history; in earlier versions the score of the validation was the fraction "val_miou"."""
     epoch = dict(epoch)
     if "val_miou" in epoch:
         epoch["validation_miou"] = percent(epoch.pop("val_miou"))
@@ -85,7 +85,7 @@ def epoch_in_percent(epoch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entry_in_percent(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a step in a file of an earlier version, which held fractions."""
+    """Convert the entry of a step in a file of an earlier version, which contains fractions."""
     scores = {key: percent(entry[key]) for key in SCORES if key in entry}
     return entry | scores | {"epochs": [epoch_in_percent(epoch) for epoch in entry.get("epochs", [])]}
 
@@ -155,7 +155,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _is_order(value: Any) -> bool:
-    """Class ids of each step, of which there are some."""
+    """Class ids of each step; at least one step."""
     return isinstance(value, list) and value != [] and all(_is_step(step) for step in value)
 
 

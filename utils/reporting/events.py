@@ -37,7 +37,7 @@ def events(path: Path) -> Iterator[Any]:
 
 
 def next_number(folder: Path) -> int:
-    """Number for the name of a new file, which sorts it behind all files of a folder: the time, or one more than the last file's.
+    """Number for the name of a new file that sorts after all files of a folder: the time, or one more than that of the last file.
 
     Args:
         folder: of the files of one step.
@@ -47,7 +47,7 @@ def next_number(folder: Path) -> int:
 
 
 def scalars_at(folder: Path, iteration: int) -> dict[str, float]:
-    """The numbers that the runs of a folder logged at an iteration and that no later start superseded.
+    """The values that the runs of a folder logged at an iteration, without those that a later run superseded.
 
     Args:
         folder: of the files of one step; need not exist.

@@ -15,12 +15,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from utils.reporting.runs import Group, Run, TaskRuns
 
-# Names of runs and classes are text: a dollar sign in one begins no formula.
+# Names of runs and classes are plain text: a dollar sign in them must not begin a formula.
 matplotlib.rcParams["text.parse_math"] = False
 
 #: Colours of text and lines; `utils.reporting.page` replaces them where the reader prefers a dark page.
 INK, GRID = "#1c2127", "#d3d8de"
-#: Colours of curves, told apart by people with the common forms of colour blindness in this order.
+#: Colours of curves, in an order that people with common forms of colour blindness can distinguish.
 SERIES = ("#2166c2", "#d9660f", "#1a8a5f", "#b8409b", "#7a5cc9", "#8a6d00", "#c2323f", "#0e8aa3", "#5f6b77")
 #: Line styles of the curves beyond the last colour.
 STYLES = ("-", "--", ":", "-.")
@@ -115,11 +115,11 @@ def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write the names of curves beside their last points, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    room = 0.055 * (high - low)  # height of a line of text
+    spacing = 0.055 * (high - low)  # height of a line of text
     heights: list[float] = []
     for _, value, _, _ in sorted(ends, key=lambda end: end[1]):
-        heights.append(max(value, heights[-1] + room if heights else value))
-    excess = max(0.0, (heights[-1] if heights else low) - (high - room / 2))
+        heights.append(max(value, heights[-1] + spacing if heights else value))
+    excess = max(0.0, (heights[-1] if heights else low) - (high - spacing / 2))
     for (step, value, label, colour), height in zip(sorted(ends, key=lambda end: end[1]), heights):
         axes.annotate(
             _shortened(label),
@@ -134,7 +134,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def _shortened(label: str) -> str:
-    """The end of a long label, such as the path of a file, so that the drawing keeps its room."""
+    """The end of a long label, such as the path of a file, which would leave no space for the drawing."""
     return label if len(label) <= 24 else "…" + label[-23:]
 
 

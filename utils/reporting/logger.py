@@ -38,10 +38,10 @@ class Logger:
         self.progress = progress and distributed.is_main()
 
     def open(self, folder: Path, first_iteration: int | None = None) -> None:
-        """Start writing TensorBoard files; without tensorboardX none are written, which is said once.
+        """Start writing TensorBoard files. Without tensorboardX none are written, and a note is printed once.
 
         Args:
-            folder: where they go.
+            folder: for the files.
             first_iteration: number of iterations done before. Values that an earlier run logged after them are superseded, so that no
                 curve has two values at one place. Its validation after this iteration is superseded too, because it is repeated.
                 None: nothing is superseded.
@@ -78,7 +78,7 @@ class Logger:
             self.scalars(kept, first_iteration)
 
     def _say_that_there_is_no_tensorboard(self) -> None:
-        """Once in a program, whatever the number of its steps."""
+        """Print the note once in a program, whatever the number of its steps."""
         if not Logger.missing_said:
             Logger.missing_said = True
             self.info(
@@ -97,7 +97,7 @@ class Logger:
 
     @contextlib.contextmanager
     def _tolerating_faults(self) -> Iterator[None]:
-        """Context in which a failing disk ends the log to TensorBoard with a note, and not the training."""
+        """Context in which an error of the disk ends the TensorBoard log with a note and does not end the training."""
         try:
             yield
         except OSError as error:
@@ -118,7 +118,7 @@ class Logger:
         Args:
             iterable: what is iterated.
             title: text before the bar.
-            total: number of items, those done before a resume included; None: the iterable knows it.
+            total: number of items, including those before a resume; None: the length of the iterable.
             initial: items done before a resume.
 
         Returns:
@@ -150,7 +150,7 @@ class Logger:
             self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Write out what was logged: a process that is killed then leaves it all."""
+        """Write all logged values to the file, so that they are kept if the process is killed."""
         if self.writer is not None:
             with self._tolerating_faults():
                 self.writer.flush()

@@ -1,4 +1,4 @@
-"""One HTML page with everything that a report shows: tables, figures and pictures inside it, nothing loaded from elsewhere."""
+"""The HTML page of a report. Tables, figures and pictures are inside the file; nothing else is loaded."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def write(tasks: Sequence[TaskRuns], path: Path, name: str = "") -> None:
 
     Args:
         tasks: of `utils.reporting.runs.by_task`.
-        path: of the HTML file; its folder is made.
-        name: of a study, for the title; without it the tasks stand there.
+        path: of the HTML file; its folder is created.
+        name: of a study, for the title; "": the names of the tasks.
 
     Raises:
         OSError: it cannot be written.
@@ -151,14 +151,14 @@ class _Section:
         return f"<p>{html.escape(note)}</p>{summary_table(self.task).html()}"
 
     def figures(self, drawn: Sequence[Figure]) -> str:
-        """The drawings, side by side where there is room."""
+        """The drawings, side by side where the page is wide enough."""
         return '<div class="figures">' + "".join(self._svg(figure) for figure in drawn) + "</div>"
 
     def _svg(self, figure: Figure) -> str:
         """The drawing of a figure, its colours replaced by those of the page."""
         self.drawn += 1
         buffer = io.StringIO()
-        # Text stays text. Names inside the drawing are made of the salt, and must not occur in another drawing of the page.
+        # Text is not converted to paths. Ids in the drawing are derived from the salt; they must be unique in the page.
         salt = f"{self.number}-{self.drawn}"
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -93,7 +93,7 @@ def folder_of(results_file: Path) -> Path:
 
 
 def write(folder: Path, step: int, samples: Sequence[Sample], legend: Legend) -> None:
-    """Write the pictures of a step; those of other steps stay.
+    """Write the pictures of a step. Those of other steps are not changed.
 
     Args:
         folder: of `folder_of`.
@@ -123,7 +123,7 @@ def _write_image(picture: Image.Image, path: Path) -> None:
 
 
 def copy_steps(source: Path, target: Path, last_step: int) -> None:
-    """Copy the pictures of another run up to a step, for a run that goes on from that step.
+    """Copy the pictures of another run up to a step, for a run that starts from that step.
 
     Args:
         source, target: folders, of `folder_of`; nothing happens if there is no source.
@@ -186,7 +186,7 @@ def panel(sample: Sample, legend: Legend, title: str) -> np.ndarray:
     font = ImageFont.load_default()
     present = sorted({*np.unique(sample.truth).tolist(), *np.unique(sample.prediction).tolist()} - {IGNORE})
     names = [legend.names[position] for position in present if position < len(legend.names)]
-    column = max(width, 72)  # narrower ones have no room for their titles
+    column = max(width, 72)  # titles need this width
     total = _MARGIN + 3 * (column + _MARGIN)
     lines = _wrap([_LINE + round(font.getlength(name)) + _MARGIN for name in names], total - 2 * _MARGIN)
     top = _MARGIN + 2 * _LINE
@@ -229,12 +229,12 @@ def draw_legend(entries: Sequence[tuple[str, tuple[int, ...]]], per_column: int 
     return picture
 
 
-def _wrap(widths: Sequence[int], room: int) -> list[list[tuple[int, int]]]:
+def _wrap(widths: Sequence[int], limit: int) -> list[list[tuple[int, int]]]:
     """Lines of (index, abscissa) into which items of these widths fit."""
     lines: list[list[tuple[int, int]]] = [[]]
     used = 0
     for index, width in enumerate(widths):
-        if lines[-1] and used + width > room:
+        if lines[-1] and used + width > limit:
             lines.append([])
             used = 0
         lines[-1].append((index, used))

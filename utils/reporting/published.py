@@ -1,4 +1,4 @@
-"""The scores that the LSKD article reports, to stand beside runs of the same task on the same data."""
+"""The scores that the LSKD article reports, for comparison with runs of the same task on the same data."""
 
 from __future__ import annotations
 

@@ -68,12 +68,12 @@ def recorded(opts: Namespace, task: TaskLike, model_state: dict[str, Any]) -> bo
 
 
 def origin(opts: Namespace, checkpoint: str | Path, trained_with: dict[str, Any] | None) -> dict[str, Any]:
-    """Which run the test of a step belongs to: what a later test must have in common with it to replace it.
+    """Identify the run to which the test of a step belongs. A later test replaces it only if their origins are equal.
 
     Args:
         opts: results, and the options of the test.
         checkpoint: file of the tested weights.
-        trained_with: the options that the weights were trained with; None for an official checkpoint, which does not say.
+        trained_with: the options that the weights were trained with; None for an official checkpoint, which does not contain them.
 
     Returns:
         Part of the step's entry in the JSON. The path is relative to the results, so that both can be moved together.
@@ -109,21 +109,21 @@ def check(opts: Namespace, task: TaskLike, ours: dict[str, Any]) -> None:
 
 
 def missing(opts: Namespace, task: TaskLike) -> list[int]:
-    """The steps before this one of which the results have no scores."""
+    """The steps before this one for which the results have no scores."""
     return missing_steps(map(int, _read_or_empty(csv_path(opts, task).with_suffix(".json"))["steps"]), task.step)
 
 
 def write(
     opts: Namespace, task: TaskLike, scores: dict[str, Any], class_names: list[str], history: list[dict]
 ) -> dict[str, Any]:
-    """Record the test of a step; a step that was tested before in this run has its row replaced.
+    """Record the test of a step. If the run has a test of this step already, it is replaced.
 
     Args:
         opts: results, date, name.
         task: which step was tested.
         scores: of `Trainer.evaluate`, fractions, with the SHA-256 of the "Weights" and their "Origin".
         class_names: by position in the order of learning.
-        history: of `Trainer`, one entry an epoch.
+        history: of `Trainer`, one entry for each epoch.
 
     Returns:
         The step's entry in the JSON.
@@ -183,7 +183,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
             return False
         document, rows = read(path.with_suffix(".json")), _read_rows(path)
         _require_task(path, document, task)
-    except UserError:  # a file that this program did not write, or of another task, does not have them
+    except UserError:  # the file is of another task, or not of this program
         return False
     steps = range(task.step + 1)
     entries = {str(step): document["steps"].get(str(step), {}) for step in steps}
@@ -195,7 +195,7 @@ def copy_scores(opts: Namespace, task: TaskLike, state: dict[str, Any]) -> bool:
 
 
 def _record(opts: Namespace, task: TaskLike, rows: dict[int, str], entries: dict[str, Any]) -> dict[str, Any]:
-    """Put rows into the CSV and entries into the JSON; returns all entries of the JSON."""
+    """Add rows to the CSV and entries to the JSON; returns all entries of the JSON."""
     path = csv_path(opts, task)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):
@@ -260,7 +260,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _summarise(document: dict[str, Any], num_base: int) -> None:
-    """Complete the figures of all steps, of which a new entry may have changed the averages."""
+    """Compute the summary figures of all steps; a new entry may change the averages of others."""
     entries = document["steps"]
     figures = summarise({int(step): list(entry["class_iou"].values()) for step, entry in entries.items()}, num_base)
     for step, summary in figures.items():
@@ -346,7 +346,7 @@ def _read_rows(path: Path) -> dict[int, str]:
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON of a run, or one without steps where there is none."""
+    """The JSON of a run; if there is no file, a document without steps."""
     return read(path) if path.is_file() else {"steps": {}}
 
 
@@ -365,7 +365,7 @@ def _replace(texts: dict[Path, str]) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"the results cannot be written ({error.strerror}); make room or mend the disk, then repeat the command with --resume: "
+            f"the results cannot be written ({error.strerror}); free some space or repair the disk, then repeat the command with --resume: "
             "only the test is repeated",
             str(next(iter(texts))),
         ) from error

@@ -1,4 +1,4 @@
-"""The runs that a report shows: read from their JSON files, by task, and the seeds of one method together."""
+"""The runs of a report, read from their JSON files and grouped by task and, within a task, by method."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method on one task, which differ in the seed alone.
+    """The runs of one method on one task, which differ only in the seed.
 
     Attributes:
-        label: what the report calls them.
-        runs: one a seed.
+        label: name in the report.
+        runs: one for each seed.
     """
 
     label: str
@@ -120,7 +120,7 @@ class TaskRuns:
         base_classes: classes of step 0, background included; None in files of early versions.
         groups: in the order in which the files were given.
         references: methods that learned the same classes in one step, such as Joint.
-        variant: name of the variant of a study that the runs belong to; "" where there is none.
+        variant: name of the variant of a study to which the runs belong; "" if there is none.
     """
 
     dataset: str
@@ -163,10 +163,10 @@ class TaskRuns:
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """The results files among these paths and in the folders among them.
+    """Find the results files among paths and in folders.
 
     Args:
-        paths: JSON files, or folders; a folder with a folder "results" stands for that one.
+        paths: JSON files, or folders. In a folder that contains a folder "results", that one is searched.
 
     Raises:
         UserError: a path that does not exist, a folder without results, or a file that is given twice.
@@ -174,7 +174,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} does not exist; name the JSON files of runs, or folders that hold some")
+            raise UserError(f"{path} does not exist; name the JSON files of runs, or folders that contain some")
         if not path.is_dir():
             found.append(path)
             continue
@@ -214,7 +214,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
 
 
 def _different(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
-    """The labels, with the longer one in the place of each that occurs more than once."""
+    """The labels; each one that occurs more than once is replaced by its longer form."""
     count = Counter(labels)
     return [long if count[label] > 1 else label for label, long in zip(labels, longer)]
 
@@ -247,7 +247,7 @@ def _tests(run: Run) -> dict[int, str]:
 
 
 def by_task(runs: Sequence[Run]) -> list[TaskRuns]:
-    """Sort runs into tasks, and within a task into the seeds of one method.
+    """Group runs by task and, within a task, by method.
 
     Args:
         runs: of any tasks.
@@ -290,7 +290,7 @@ def _task(runs: Sequence[Run]) -> TaskRuns:
 
 
 def _name(runs: Sequence[Run]) -> str:
-    """The name of a run, without its seed where it stands for several."""
+    """The name of a group of runs; without the seed if there are several."""
     return _without_seed(runs[0].document["name"]) if len(runs) > 1 else runs[0].label
 
 

@@ -19,10 +19,10 @@ def log_scores(
 
     Args:
         log: of the step.
-        opts: says where the results are.
+        opts: results, date, name.
         task: the step that was tested.
         entry: of `results.write`.
-        labels: which labels the test counts, in words.
+        labels: which labels the test counts, as text.
         iterations: that were trained, the abscissa of the curves.
     """
     described = results.describe(entry, labels)

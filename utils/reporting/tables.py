@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: What stands in a cell without a value.
+#: Text of a cell without a value.
 EMPTY = "-"
 
 
@@ -18,7 +18,7 @@ class Table(NamedTuple):
 
     Attributes:
         header: names of the columns; the first column names the row.
-        rows: as many cells each.
+        rows: with as many cells as the header.
     """
 
     header: list[str]
@@ -71,7 +71,7 @@ class Table(NamedTuple):
         return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-#: Characters that LaTeX reads as commands, and what prints them.
+#: Characters that LaTeX reads as commands, and the text that prints them.
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
@@ -83,7 +83,7 @@ def _escape_latex(text: str) -> str:
 
 
 def mean_and_deviation(values: Sequence[float | None], digits: int = 1) -> str:
-    """Mean ± sample standard deviation of the values that exist; the mean alone for one value, "-" for none."""
+    """Mean ± sample standard deviation of the values that are not None; the mean alone for one value, "-" for none."""
     present = [value for value in values if value is not None]
     if not present:
         return EMPTY
