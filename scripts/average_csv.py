@@ -109,7 +109,7 @@ def describe(step: int, summary: Summary) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the summary of each file named; exit code 2 for one that cannot be used."""
+    """Print the summary of each file; exit code 2 if a file cannot be used."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if argv else 2

@@ -5,8 +5,8 @@
     python scripts/export.py checkpoints/step/15-5s-voc_PLOP_5.pth weights.safetensors              # needs safetensors
 
 The programs take images (1, 3, H, W) of the given size, normalised with the mean and standard deviation of ImageNet, and return logits
-(1, C, H, W); channel k is the k-th class in the order of learning. Beside them stands NAME.classes.json: for each channel the class id and
-its name. A program is read again and compared with the network before it is kept.
+(1, C, H, W); channel k is the k-th class in the order of learning. NAME.classes.json has the class id and the name of each channel.
+A program is read again and compared with the network before the file gets its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 
 class Logits(nn.Module):
-    """A network whose forward pass returns its full-size logits alone.
+    """A network whose forward pass returns only its full-size logits.
 
     Args:
         network: a `SegmentationModel` in evaluation mode.
@@ -50,7 +50,7 @@ class Logits(nn.Module):
 
 
 def require(*names: str) -> None:
-    """Refuse what needs packages that are not installed.
+    """Refuse a format whose packages are not installed.
 
     Raises:
         UserError: names the packages and how to install them.
@@ -66,13 +66,13 @@ def require(*names: str) -> None:
 
 
 def write_program(network: Logits, images: Tensor, path: Path) -> Callable[[], Tensor]:
-    """Write a program of torch.export; returns what runs the written file on the images."""
+    """Write a program of torch.export; returns a function that runs the written file on the images."""
     torch.export.save(torch.export.export(network, (images,)), path)
     return lambda: torch.export.load(path).module()(images)
 
 
 def write_onnx(network: Logits, images: Tensor, path: Path) -> Callable[[], Tensor]:
-    """Write an ONNX file; returns what runs it on the images with onnxruntime."""
+    """Write an ONNX file; returns a function that runs it on the images with onnxruntime."""
     require("onnx", "onnxscript", "onnxruntime")
     torch.onnx.export(
         network,
@@ -94,7 +94,7 @@ def write_onnx(network: Logits, images: Tensor, path: Path) -> Callable[[], Tens
 
 
 def write_weights(loaded: Loaded, path: Path) -> None:
-    """Write the weights alone, by their names in the network."""
+    """Write only the weights, by their names in the network."""
     require("safetensors")
     weights = {name: value.contiguous().clone() for name, value in loaded.model.state_dict().items()}
     importlib.import_module("safetensors.torch").save_file(
@@ -102,7 +102,7 @@ def write_weights(loaded: Loaded, path: Path) -> None:
     )
 
 
-#: What writes a program, by the suffix of its file.
+#: Functions that write a program, by the suffix of the file.
 PROGRAMS = {".pt2": write_program, ".onnx": write_onnx}
 
 
@@ -112,17 +112,17 @@ def export(path: Path, target: Path, size: tuple[int, int]) -> str:
 
     Args:
         path: of a finished step.
-        target: the new file; its suffix says the format.
+        target: the new file; its suffix chooses the format.
         size: height and width of the images in pixels.
 
     Returns:
-        What was compared, in words.
+        The result of the comparison, as text.
 
     Raises:
         UserError: an unknown suffix, a missing package, a checkpoint that cannot be used, or a program whose logits differ.
     """
     if target.suffix not in (*PROGRAMS, ".safetensors"):
-        raise UserError(f"{target} has no suffix of a format; end the name in {', '.join(PROGRAMS)} or .safetensors")
+        raise UserError(f"{target} has an unknown suffix; end the name in {', '.join(PROGRAMS)} or .safetensors")
     loaded = load(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     names = dataset.class_names(loaded.opts)

@@ -1,8 +1,8 @@
-"""Start run.py in several processes as torchrun does, with the exit code and the last words of run.py instead of the launcher's.
+"""Start run.py in several processes as torchrun does, with the exit code and the messages of run.py instead of those of the launcher.
 
     python scripts/launch.py --standalone --nproc_per_node=4 run.py --data_root DATA --dataset voc --task 15-5s --overlap --step 0
 
-The words are those of torchrun. Before anything is started, the number of processes is compared with the number of GPUs.
+The arguments are those of torchrun. Before anything is started, the number of processes is compared with the number of GPUs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lack := lack_of_gpus(options.nproc_per_node, options.training_script_args):
         print(f"error: {lack}", file=sys.stderr)
         return USER_ERROR
-    logging.disable(logging.ERROR)  # of the launcher alone: run.py says itself what went wrong
+    logging.disable(logging.ERROR)  # of the launcher only; run.py prints its own errors
     try:
         launcher.run(options)
     except ChildFailedError as error:

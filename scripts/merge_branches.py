@@ -1,10 +1,10 @@
-"""Merge the two branches of a checkpoint of RCIL for its use: the same predictions from a network with half the 3×3 convs.
+"""Merge the two branches of a checkpoint of RCIL: the same predictions from a network with half as many 3×3 convs.
 
     python scripts/merge_branches.py checkpoints/step/15-5s-voc_RCIL_5.pth rcil.pth
     python scripts/predict.py rcil.pth pictures/
     python run.py --dataset voc --task 15-5s --overlap --step 5 --method RCIL --rcil_network merged --test --ckpt rcil.pth
 
-The merged network cannot be trained further: the next step needs both branches, and its teacher too.
+The merged network cannot be trained further: the next step and its teacher need both branches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.checkpointing import checkpoint_files  # noqa: E402
 from utils.checkpointing.store import read  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
-#: What a test, a prediction and a look at the training need; momenta and the states of methods are left out.
+#: Keys that a test, a prediction and a report need; momenta and the states of methods are left out.
 KEPT = ("epoch", "best_score", "history", "iterations", "options", "task")
 
 
@@ -31,7 +31,7 @@ def merge(path: Path, target: Path) -> None:
 
     Args:
         path: of a finished step of RCIL.
-        target: the new file; its folder is made.
+        target: the new file; its folder is created.
 
     Raises:
         UserError: no checkpoint of RCIL, or the same file twice.
@@ -41,7 +41,9 @@ def merge(path: Path, target: Path) -> None:
     state = read(path)
     network = state.get("options", {}).get("rcil_network")
     if network != DOUBLED:
-        raise UserError(f"{path} was trained with --rcil_network {network}: it has no two branches; name one of RCIL")
+        raise UserError(
+            f"{path} was trained with --rcil_network {network}: it does not have two branches; name a checkpoint of RCIL"
+        )
     model = load(path).model
     for layer in layers_of(model).values():
         layer.make_plain()

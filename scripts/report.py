@@ -1,4 +1,4 @@
-"""Tables, figures and one HTML page from what runs leave in their results folder.
+"""Tables, figures and one HTML page from the results files of runs.
 
     python scripts/report.py runs/quickstart                                   # every run of a folder
     python scripts/report.py results/2026-01-31_voc_15-5s_*.json --out runs/report --formats png markdown latex csv
@@ -31,7 +31,7 @@ class Output:
     """The files of a report, none of which replaces another.
 
     Args:
-        folder: where they go; it is made.
+        folder: of the files; it is created.
     """
 
     def __init__(self, folder: Path):

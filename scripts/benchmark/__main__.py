@@ -1,4 +1,4 @@
-"""How fast a training iteration is, against a floor that no implementation of the method can avoid.
+"""Measure the time of a training iteration, relative to a floor: the passes that every implementation of the method needs.
 
     python scripts/benchmark --method LSKD --backbone resnet101 --crop_size 256 --batch_size 2 --device cpu --json
     python scripts/benchmark --what all --threads 1 --clock cpu --out runs/benchmark
@@ -14,7 +14,7 @@ memory      peak of a process that does nothing else (resident on the CPU, alloc
             before the networks are.
 data        a training sample in one process: decoding, crop, normalisation.   scan   reading the masks once, and from the cache.
 validation  the confusion matrix against the forward pass.
-growth      the iteration against image size, batch, classes and distilled taps, one varied at a time, and a figure.
+growth      floor and iteration by image size, batch size, classes and distilled taps, one varied at a time, with a figure.
 
 Floor and iteration run in turn in one process; shown are medians over the rounds and the ratio of the medians. On a machine with other
 work, `--threads 1 --clock cpu` counts processor time. --amp_dtype, --channels_last and --compile are compared with eager float32.
@@ -63,7 +63,7 @@ from utils.reporting.tables import Table  # noqa: E402
 from utils.types import TAP_NAMES  # noqa: E402
 
 WHAT = ("iteration", "data", "scan", "validation", "memory", "growth")
-#: What a process of the memory measurement does.
+#: What a process of the memory measurement runs.
 CHILDREN = ("floor", "iteration", "no_optimizer")
 #: Number of masks that the scan is reported for.
 SCANNED = 10_000
@@ -88,7 +88,7 @@ def measure_iteration(arguments: argparse.Namespace, device: torch.device) -> di
     found["optimizer_s"] = statistics.median(seconds["optimizer"])
     found["iterations_per_s"] = 1 / found["iteration_s"]
     if arguments.amp_dtype or arguments.channels_last or arguments.compile:
-        del bench, calls  # their memory
+        del bench, calls  # frees their memory
         plain = Workbench(arguments, device, fast=False, parts=("iteration",))
         eager = clock.in_turn({"eager": plain.iteration}, arguments.repeats)["eager"]
         found["eager_s"] = statistics.median(eager)
@@ -97,8 +97,8 @@ def measure_iteration(arguments: argparse.Namespace, device: torch.device) -> di
 
 
 def measure_memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Peak memory in MiB of a process each, which runs this file again with `--child`."""
-    del device  # the processes choose it themselves
+    """Peak memory in MiB of one process for each part, which runs this file with `--child`."""
+    del device  # each process chooses it
     peaks, libraries = {}, 0.0
     for child in CHILDREN:
         command = [sys.executable, str(Path(__file__).resolve()), *arguments.words, "--child", child]
@@ -116,7 +116,7 @@ def measure_memory(arguments: argparse.Namespace, device: torch.device) -> dict[
 
 
 def run_child(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Twice what `--child` names, and its peak as a line of JSON: the first time leaves the gradients behind."""
+    """Run the part that `--child` names twice, because the first run allocates the gradients, and print the peak as JSON."""
     libraries = peak_mb(device)
     bench = Workbench(arguments, device, parts=("floor",) if arguments.child == "floor" else ("iteration",))
     if arguments.child == "no_optimizer":
@@ -180,7 +180,7 @@ def measure_validation(arguments: argparse.Namespace, device: torch.device) -> d
 
 
 def growth_cases(arguments: argparse.Namespace) -> dict[str, list[tuple[float, dict]]]:
-    """By what varies: its value and the arguments to replace."""
+    """For each quantity that varies: its values, and the arguments to replace."""
     size, batch = arguments.crop_size, arguments.batch_size
     sizes = sorted({max(64, round(size * factor / 32) * 32) for factor in (0.5, 0.75, 1, 1.25)})
     cases = {
@@ -240,7 +240,7 @@ def draw_growth(curves: dict[str, list[dict[str, float]]], title: str, path: Pat
 
 
 def table(found: dict) -> str:
-    """Markdown: a row for each number, growth in rows of its own."""
+    """Markdown table with a row for each value; growth has further rows."""
     rows = [[name, f"{value:.4g}"] for name, value in found.items() if isinstance(value, (int, float))]
     for name, points in found.get("growth", {}).items():
         for point in points:
@@ -298,7 +298,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     if {"data", "scan"} & set(what):
         found |= measure_files(arguments, what)
     if {"data", "iteration"} <= set(what):
-        # Worker processes that keep up with the iterations
+        # Worker processes needed to load data as fast as the iterations use it
         found["workers"] = math.ceil(found["sample_ms"] / 1000 * arguments.batch_size / found["iteration_s"])
     if "growth" in what:
         found["growth"] = measure_growth(arguments, device)

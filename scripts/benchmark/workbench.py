@@ -49,8 +49,8 @@ class Clock:
     """Seconds of a call.
 
     Args:
-        device: a CUDA device is waited for.
-        kind: "wall", or "cpu" for the processor time of this process, which other programs on the machine move less.
+        device: its queue is synchronised, if it is a CUDA device.
+        kind: "wall", or "cpu" for the processor time of this process, on which other programs have less influence.
     """
 
     def __init__(self, device: torch.device, kind: str = "wall") -> None:
@@ -66,11 +66,11 @@ class Clock:
         return self.now() - start
 
     def in_turn(self, calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-        """Seconds of each call, one after the other in every round, so that a slow minute of the machine meets all.
+        """Seconds of each call, one after the other in every round, so that a change of the machine's speed affects all calls.
 
         Args:
             calls: by name.
-            repeats: rounds that count; one more goes before them, for caches and lazy set-up.
+            repeats: rounds that are measured; one more is run before them, for caches and lazy initialisation.
         """
         rounds = [{name: self.seconds(call) for name, call in calls.items()} for _ in range(repeats + 1)]
         return {name: [one[name] for one in rounds[1:]] for name in calls}
@@ -114,7 +114,7 @@ def peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError, StopIteration):
-        # On Linux getrusage hands down the peak of the parent process, the status file does not.
+        # On Linux getrusage includes the peak of the parent process, the status file does not.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
     unit = 2**20 if platform.system() == "Darwin" else 1024
@@ -144,7 +144,7 @@ def options(arguments: Namespace, fast: bool = True) -> Namespace:
         "6-2",
         "--step",
         "1",
-    ]  # stand-ins: the measured step is a `Task` of its own
+    ]  # required, but not used: the measured step has its own `Task`
     words += ["--tap_schemes", arguments.tap_schemes] if arguments.tap_schemes else []
     if fast:
         words += ["--opt_level", "O1", "--amp_dtype", arguments.amp_dtype] if arguments.amp_dtype else []
@@ -213,7 +213,7 @@ class Workbench:
         method.attach(self.student, teacher, self.checkpoint)
         self.teacher = self.plain_teacher = self.plain_student = None
         if "floor" in parts:
-            # Alone, the floor's networks are not kept twice: its memory is measured too
+            # If only the floor is built, one set of networks is kept, because its memory is measured
             copied = (lambda network: network) if parts == ("floor",) else copy.deepcopy
             self.teacher = teacher
             self.plain_teacher = None if teacher is None else plain(copied(teacher))
@@ -229,7 +229,7 @@ class Workbench:
             self.trainer.model.train()
 
     def _plain_teacher(self, method: methods.Method) -> SegmentationModel:
-        """The frozen model of the step before, its statistics those of the batch: untrained ones would overflow."""
+        """The frozen model of the step before, with the statistics of the batch; with initial statistics the values would overflow."""
         classes = self.task.at(0).classes_per_step
         teacher = build_network(self.opts, classes, False, method.wrap_model).to(self.device)
         momenta = {norm: norm.momentum for norm in teacher.modules() if isinstance(norm, ABN)}
@@ -242,7 +242,7 @@ class Workbench:
         return teacher.eval().requires_grad_(False).to(memory_format=self.layout)
 
     def _checkpoint(self, teacher: SegmentationModel | None) -> dict[str, Any]:
-        """What the step before leaves for methods that build on it, such as prototypes, had it seen this batch alone."""
+        """State of the step before for methods that need it, such as prototypes, computed from this batch only."""
         if teacher is None:
             return {}
         method = methods.build(self.opts, self.task.at(0))
@@ -302,7 +302,7 @@ def write_files(root: Path, count: int) -> None:
     """A data set in the layout of VOC: photograph-like JPEGs of 500×375 with masks of a few boxes.
 
     Args:
-        root: what becomes `--data_root`.
+        root: the folder for `--data_root`.
         count: number of images in each of the two splits.
     """
     base = root / "PascalVOC12"

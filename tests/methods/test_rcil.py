@@ -326,7 +326,7 @@ def test_a_merged_checkpoint_predicts_and_tests_alike(finished, tmp_path, capsys
 def test_a_checkpoint_of_another_method_is_not_merged(tmp_path, capsys):
     assert thin.launch(tmp_path, "--task 6-2 --method FT --step 0 --shapes_train 2") == 0
     path = checkpoint(tmp_path, 0)
-    for target, said in ((tmp_path / "out.pth", "it has no two branches"), (path, "is the checkpoint itself")):
+    for target, said in ((tmp_path / "out.pth", "it does not have two branches"), (path, "is the checkpoint itself")):
         assert merge_branches.main([str(path), str(target)]) == 2
         assert said in capsys.readouterr().err
 

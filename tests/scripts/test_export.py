@@ -67,7 +67,7 @@ def test_a_program_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["n.txt"], "no suffix of a format"),
+        (["n.txt"], "an unknown suffix"),
         (["n.pt2", "--size", "0", "32"], "is no size of an image"),
     ],
 )
