@@ -1,4 +1,4 @@
-"""four_stages: a body as small as a body can be, one conv a stage.
+"""four_stages: the smallest body, with one conv in each stage.
 
 In modules/backbones.py it needs one line: "four_stages": Backbone(FourStages).
 """
