@@ -33,12 +33,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def written(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 

@@ -53,12 +53,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 # ------------------------------------------------------------------ what it writes
 
 

@@ -26,12 +26,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def go_on(folder, checkpoint, more=""):
     return thin.launch(folder, f"--task 6-2 --step 1 --name later --method PLOP --step_ckpt '{checkpoint}' {more}")
 

@@ -1,7 +1,6 @@
 """--scales and --flip of run.py: the scores of the test are those of the summed probabilities, and the results say so."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -29,12 +28,6 @@ def trained(tmp_path_factory):
     with thin.program():
         assert thin.launch(folder, "--task 6-2 --step 0 1 --method MiB --shapes_val 9") == 0
     return folder
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def entry_of(folder, name):
