@@ -15,7 +15,7 @@ class Ade(Layout):
     """See the module."""
 
     name = "ade"
-    hint = "unpack ADEChallengeData2016.zip of sceneparsing.csail.mit.edu under --data_root"
+    hint = "scripts/prepare_ade.py unpacks ADEChallengeData2016.zip of sceneparsing.csail.mit.edu under --data_root"
     split_names = ("training", "validation")
     classes = (
         "background", "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",

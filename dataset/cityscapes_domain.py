@@ -26,7 +26,10 @@ class CityscapesDomain(Layout):
     """See the module."""
 
     name = "cityscapes_domain"
-    hint = "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com under --data_root"
+    hint = (
+        "scripts/prepare_cityscapes.py unpacks leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com "
+        "under --data_root"
+    )
     classes = (
         "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
         "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dataset import DATASETS
+from dataset.archives import Archive, check_archive, unpack
 from dataset.source import FileSource
 from utils.errors import UserError
 
@@ -35,6 +37,35 @@ def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
         print(f"{source.title}: {len(source)} images (published: {expected}), {classes} of {count} labels")
         if len(source) != expected:
             problems.append(f"the {source.title} has {len(source)} images, the published one {expected}")
+    return problems
+
+
+def add_verify(parser: argparse.ArgumentParser, *names: str) -> None:
+    """The option `--verify`, which means the same in all scripts, under its names there."""
+    parser.add_argument(
+        *names, action="store_true", help="write nothing: only check the data, and the checksums of archives"
+    )
+
+
+def unpack_or_check(archives: Sequence[tuple[Archive, Path | None]], folder: Path, verify_only: bool) -> list[str]:
+    """Unpack the archives that are given, or only check their checksums.
+
+    Args:
+        archives: each with its file, None where it is not given.
+        folder: where they are unpacked.
+        verify_only: write nothing.
+
+    Returns:
+        A sentence for each archive whose checksum is not the published one.
+
+    Raises:
+        UserError: as `unpack`.
+    """
+    problems = []
+    for archive, path in archives:
+        if path is None:
+            continue
+        problems += check_archive(archive, path, folder)[1] if verify_only else unpack(archive, path, folder)
     return problems
 
 

@@ -1,12 +1,15 @@
 """Builds what `--dataset voc` reads from VOC 2012 and the Semantic Boundaries Dataset (SBD), counts it and verifies it.
 
+    python scripts/prepare_voc.py --voc VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --data_root DATA
     python scripts/prepare_voc.py --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE/dataset --data_root DATA
-    python scripts/prepare_voc.py --data_root DATA --check
+    python scripts/prepare_voc.py --data_root DATA --verify
 
---voc is the unpacked VOCtrainval_11-May-2012.tar, --sbd the folder with cls/*.mat of the unpacked benchmark.tgz. Under
+--voc is VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/) or the folder VOC2012 of it, --sbd is benchmark.tgz
+(https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/) or the folder of it that has cls/*.mat. Archives
+are unpacked into DATA/PascalVOC12; a second start continues an interrupted one. Under
 DATA/PascalVOC12 it writes SegmentationClassAug (12,031 masks: those of VOC where there is one, SBD's elsewhere), splits
 and, where it is missing, a link to VOC's folder. train_aug is every mask that is not in VOC's val: 10,582 images. With
---check it writes nothing. Nothing is downloaded.
+--verify (or its old name --check) it writes nothing. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.archives import SBD, VOC
 from dataset.layout import read_lines
 from dataset.source import FileSource
-from dataset.verify import run, verify
+from dataset.verify import add_verify, run, unpack_or_check, verify
 from dataset.voc import Voc
 from utils.errors import UserError
 
@@ -134,25 +138,30 @@ def compare(data_root: Path) -> list[str]:
 def prepare(opts: argparse.Namespace) -> list[str]:
     """Builds (without --check), counts and verifies; returns what is not as it should be."""
     base = opts.data_root / "PascalVOC12"
-    if not opts.check:
-        if opts.voc is None or opts.sbd is None:
-            raise UserError("--voc and --sbd are needed to build the data set; --check only looks at one")
+    archives = [(known, path) for known, path in ((VOC, opts.voc), (SBD, opts.sbd)) if path and not path.is_dir()]
+    if not opts.verify and (opts.voc is None or opts.sbd is None):
+        raise UserError("--voc and --sbd are needed to build the data set; --verify only looks at one")
+    problems = unpack_or_check(archives, base, opts.verify)
+    if not opts.verify:
+        unpacked = [known for known, _ in archives]
+        opts.voc = base / "VOCdevkit" / "VOC2012" if VOC in unpacked else opts.voc
+        opts.sbd = base / "benchmark_RELEASE" / "dataset" if SBD in unpacked else opts.sbd
         names = write_masks(opts.voc, opts.sbd, base / "SegmentationClassAug")
         write_splits(opts.voc, names, base / "splits")
         images = base / "VOCdevkit" / "VOC2012"
         if not images.exists():
             images.parent.mkdir(parents=True, exist_ok=True)
             os.symlink(opts.voc.resolve(), images)
-    return verify("voc", opts.data_root, (10582, 1449)) + compare(opts.data_root)
+    return problems + verify("voc", opts.data_root, (10582, 1449)) + compare(opts.data_root)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voc", type=Path, help="the folder VOCdevkit/VOC2012")
-    parser.add_argument("--sbd", type=Path, help="the folder benchmark_RELEASE/dataset, with cls/*.mat")
+    parser.add_argument("--voc", type=Path, help=f"{VOC.file}, or its folder VOCdevkit/VOC2012")
+    parser.add_argument("--sbd", type=Path, help=f"{SBD.file}, or its folder benchmark_RELEASE/dataset, with cls/*.mat")
     parser.add_argument("--data_root", type=Path, required=True, help="where PascalVOC12 is, or shall be")
-    parser.add_argument("--check", action="store_true", help="only count and verify what is there")
+    add_verify(parser, "--verify", "--check")
     opts = parser.parse_args(argv)
     return run(lambda: prepare(opts))
 

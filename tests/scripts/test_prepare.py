@@ -1,8 +1,11 @@
 """scripts/prepare_voc.py: SBD's MAT files by the specification of the format, and the splits that it builds."""
 
 import importlib.util
+import shutil
 import struct
+import tarfile
 import tracemalloc
+import zipfile
 import zlib
 
 import numpy as np
@@ -75,11 +78,12 @@ def test_a_file_that_unpacks_to_gigabytes_is_refused(prepare_voc, tmp_path):
     tracemalloc.stop()
 
 
-def test_build(prepare_voc, tmp_path, capsys):
-    voc, sbd, out = tmp_path / "VOC2012", tmp_path / "sbd", tmp_path / "data"
-    for folder in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets/Segmentation", sbd / "cls"):
-        folder.mkdir(parents=True)
-    for name in "abcd":  # a: VOC train, b: VOC val, c: only SBD, d: SBD, but in VOC's val
+def originals(folder):
+    """VOC's and SBD's folders with four images; a: VOC train, b: VOC val, c: only SBD, d: SBD, but in VOC's val."""
+    voc, sbd = folder / "VOCdevkit" / "VOC2012", folder / "benchmark_RELEASE" / "dataset"
+    for path in (voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets/Segmentation", sbd / "cls"):
+        path.mkdir(parents=True)
+    for name in "abcd":
         save_image(voc / "JPEGImages" / f"{name}.jpg", 0)
     for name in "abd":
         save_mask(voc / "SegmentationClass" / f"{name}.png", [1])
@@ -87,6 +91,20 @@ def test_build(prepare_voc, tmp_path, capsys):
         (sbd / "cls" / f"{name}.mat").write_bytes(sbd_file(np.full((20, 24), 7, dtype=np.uint8)))
     (voc / "ImageSets/Segmentation/train.txt").write_text("a\n")
     (voc / "ImageSets/Segmentation/val.txt").write_text("b\nd\n")
+    return voc, sbd
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_build(prepare_voc, tmp_path, capsys, packed):
+    out = tmp_path / "data"
+    voc, sbd = originals(tmp_path / "original")
+    if packed:
+        archives = tmp_path / "VOCtrainval_11-May-2012.tar", tmp_path / "benchmark.tgz"
+        for path, mode, top in zip(archives, ("w", "w:gz"), (voc.parent, sbd.parent)):
+            with tarfile.open(path, mode) as archive:
+                archive.add(top, top.name)
+        shutil.rmtree(tmp_path / "original")
+        voc, sbd = archives
 
     status = prepare_voc.main(["--voc", str(voc), "--sbd", str(sbd), "--data_root", str(out)])
     said = capsys.readouterr()
@@ -101,12 +119,56 @@ def test_build(prepare_voc, tmp_path, capsys):
     splits = out / "PascalVOC12" / "splits"
     line = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
     assert (splits / "train_aug.txt").read_text() == line.format("a") + line.format("c")
+    assert ("has the MD5" in said.err) == packed
+    assert (out / "PascalVOC12/VOCdevkit/VOC2012").is_symlink() != packed
     assert (splits / "val.txt").read_text() == line.format("b") + line.format("d")
+
+
+@pytest.mark.parametrize("verify_only", [False, True])
+def test_archives_of_ade(tmp_path, capsys, verify_only):
+    path, out = tmp_path / "ADEChallengeData2016.zip", tmp_path / "data"
+    for split in ("training", "validation"):
+        for part in ("images", "annotations"):
+            (tmp_path / "ADEChallengeData2016" / part / split).mkdir(parents=True)
+        save_image(tmp_path / f"ADEChallengeData2016/images/{split}/a.jpg", 0)
+        save_mask(tmp_path / f"ADEChallengeData2016/annotations/{split}/a.png", [1])
+    pack(path, tmp_path / "ADEChallengeData2016")
+    out.mkdir()
+    words = ["--data_root", str(out), "--archive", str(path), *(["--verify"] if verify_only else [])]
+    assert script("prepare_ade").main(words) == (2 if verify_only else 1)  # no data; not the published data
+    assert bool(list(out.iterdir())) != verify_only
+    assert verify_only or "split training of ade: 1 images (published: 20210)" in capsys.readouterr().out
+
+
+def pack(path, folder):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder.parent))
+
+
+def test_archives_of_cityscapes(tmp_path, capsys):
+    cities = script("prepare_cityscapes")
+    words = ["--data_root", str(tmp_path / "data")]
+    for option, kind, suffix in (("--images", "leftImg8bit", "leftImg8bit"), ("--labels", "gtFine", "gtFine_labelIds")):
+        for place in ("train/aachen", "val/munster", "test/berlin"):
+            folder = tmp_path / kind / place
+            folder.mkdir(parents=True)
+            save_mask(folder / f"x_{suffix}.png", [7], mode="L")
+        pack(tmp_path / f"{kind}_trainvaltest.zip", tmp_path / kind)
+        words += [option, str(tmp_path / f"{kind}_trainvaltest.zip")]
+    assert cities.main(words) == 2  # the other cities are missing
+    assert "bochum" in capsys.readouterr().err
+    found = sorted(str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*.png"))
+    assert found == [
+        f"{kind}/{place}/x_{suffix}.png"
+        for kind, suffix in (("gtFine", "gtFine_labelIds"), ("leftImg8bit", "leftImg8bit"))
+        for place in ("train/aachen", "val/munster")
+    ]
 
 
 @pytest.mark.parametrize("name", ["prepare_voc", "prepare_ade", "prepare_cityscapes"])
 def test_missing_data_is_an_error_in_a_line(name, tmp_path, capsys):
-    check = ["--check"] if name == "prepare_voc" else []
+    check = ["--verify"]
     assert script(name).main(["--data_root", str(tmp_path), *check]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
