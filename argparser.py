@@ -27,7 +27,7 @@ import torch
 import methods
 from dataset import DATASETS, load_task, tasks
 from dataset.tasks import Task
-from modules.backbones import BACKBONES
+from modules.backbones import BackboneNames
 from utils import scheduler
 from utils.errors import UserError
 from utils.options import checks, config, stored
@@ -337,13 +337,13 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
 def _network(parser: argparse.ArgumentParser) -> None:
     group = option_group(parser, "network")
     add, switch = group.add_argument, partial(add_switch, group)
-    add("--backbone", type=str, default="resnet101", choices=list(BACKBONES), help="body; mobilenet_v2 is light")
+    add("--backbone", type=str, default="resnet101", choices=BackboneNames(), help="body; timm:NAME: one of timm")
     add("--output_stride", type=int, default=16, choices=[8, 16], help="stride of the body's output")
     switch("--no_pretrained", help="start the body of step 0 from random weights")
     add(
         "--pretrained",
         default=None,
-        help="ImageNet weights: torchvision, or a file; default: pretrained/BODY_NORM.pth.tar",
+        help="ImageNet weights: torchvision, timm, or a file; default: pretrained/BODY_NORM.pth.tar",
     )
     add(
         "--norm_act",

@@ -58,6 +58,10 @@ class Body(nn.Module):
         """The parameter of each stage whose gradient LSKD's equilibrium measures: the first one of the stage."""
         return tuple(next(stage.parameters()) for stage in self.stages())
 
+    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Rename the weights of a file that the body's names do not fit; see `from_torchvision`, which does it by default."""
+        return self.from_torchvision(state)
+
     @staticmethod
     def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Rename the weights of torchvision's network to the names of the body.

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from modules import backbones
+from modules import backbones, timm_body
 from modules.body import Body
 from modules.norm import ABN
 from utils.checkpointing import checkpoint_files
@@ -36,7 +36,7 @@ def load_backbone(body: Body, backbone: str, norm: str, source: str | None, log:
         norm: its norm, a key of `modules.norm.NORMS`; ignored for a body with its own norms.
         source: None for pretrained/<backbone>_<norm>.pth.tar (or the file of another norm with the same scale; for a body with
             its own norms pretrained/<backbone>.pth.tar), "torchvision" for torchvision's weights (IMAGENET1K_V1,
-            downloaded once into torch's cache), or a file with the names of the body or of torchvision.
+            downloaded once into torch's cache), "timm" for timm's, or a file with the names of the body, of torchvision or of timm.
         log: called with a line that says what was loaded, with the first 12 digits of the file's SHA-256.
 
     Raises:
@@ -46,11 +46,14 @@ def load_backbone(body: Body, backbone: str, norm: str, source: str | None, log:
     if source == "torchvision":
         name, state = _torchvision_state(backbone)
         digest = ""
+    elif source == "timm":
+        name, state = _timm_state(backbone)
+        digest = ""
     else:
         path, file_norm = (Path(source), norm) if source else _default_file(body, backbone, norm, log)
         state, digest = _read(path)
         name = str(path)
-    renamed = body.from_torchvision(state)
+    renamed = body.renamed(state)
     if renamed is not None:
         state, file_norm = renamed, "abn"
     state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
@@ -67,7 +70,7 @@ def _default_file(body: Body, backbone: str, norm: str, log: Callable[[str], Non
     candidates = [own, *(n for n in (*IN_PLACE_NORMS, *_PLAIN) if n != own)]
     paths = {n: Path("pretrained") / f"{backbone}_{n}.pth.tar" for n in candidates}
     if body.own_norms:
-        paths = {own: Path("pretrained") / f"{backbone}.pth.tar"}
+        paths = {own: Path("pretrained") / f"{backbone.replace(':', '_')}.pth.tar"}
     for candidate, path in paths.items():
         if path.is_file():
             if candidate != own:
@@ -109,6 +112,15 @@ def _torchvision_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
             f"--pretrained torchvision: {weights.url} could not be fetched ({error}); download it elsewhere and name "
             "it by --pretrained FILE, or add --no_pretrained"
         ) from error
+
+
+def _timm_state(backbone: str) -> tuple[str, dict[str, Tensor]]:
+    """Name and state dict of timm's weights of one of its networks."""
+    if not backbone.startswith(backbones.TIMM):
+        raise UserError(
+            f"--pretrained timm: --backbone {backbone} is not of timm; add --pretrained torchvision, or name a file"
+        )
+    return timm_body.pretrained_state(backbone.removeprefix(backbones.TIMM))
 
 
 def _check(body: nn.Module, state: dict[str, Tensor], name: str) -> None:

@@ -47,7 +47,7 @@ from dataset.source import FileSource  # noqa: E402
 from dataset.voc import Voc  # noqa: E402
 from methods.lskd import PUBLISHED_SCHEMES  # noqa: E402
 from metrics.stream_metrics import StreamSegMetrics  # noqa: E402
-from modules.backbones import BACKBONES  # noqa: E402
+from modules.backbones import BackboneNames  # noqa: E402
 from modules.norm import NORMS  # noqa: E402
 from scripts.benchmark.workbench import (  # noqa: E402
     Clock,
@@ -256,7 +256,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--what", nargs="+", default=["iteration", "memory"], choices=[*WHAT, "all"], help="what to measure")
     add("--method", default="LSKD", choices=list(methods.METHODS), help="method")
-    add("--backbone", default="resnet101", choices=list(BACKBONES), help="body")
+    add("--backbone", default="resnet101", choices=BackboneNames(), help="body")
     add("--norm_act", default="iabn", choices=list(NORMS), help="norm of both networks")
     add("--crop_size", type=int, default=256, help="side of the images, in pixels")
     add("--batch_size", type=int, default=2, help="images of a batch")

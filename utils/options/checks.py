@@ -336,7 +336,11 @@ def _paths(opts: Namespace) -> None:
         )
     for dest in ("ckpt", "step_ckpt", "task_file", "palette", "pretrained"):
         value = getattr(opts, dest)
-        if value is not None and not (dest == "pretrained" and value == "torchvision") and not os.path.isfile(value):
+        if (
+            value is not None
+            and not (dest == "pretrained" and value in ("torchvision", "timm"))
+            and not os.path.isfile(value)
+        ):
             raise UserError(f"--{dest} {value} is not a file; correct the path or leave --{dest} out")
     for dest in ("logdir", "checkpoint", "results"):
         _writable(dest, Path(getattr(opts, dest)))
