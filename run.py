@@ -34,7 +34,6 @@ from dataset.kept_pictures import keep_pictures
 from dataset.sampler import Interruptible
 from dataset.step_data import StepData, check_step, require_later_steps
 from dataset.tasks import Task
-from dataset.teacher_labels import TeacherLabelled
 from dataset.transform import denormalise
 from methods.dry_run import dry_run
 from segmentation_module import SegmentationModel
@@ -324,13 +323,12 @@ class StepRun:
         fresh = task.step == 0 and opts.ckpt is None and unfinished is None
         model = self._placed(segmentation_module.build_student(opts, task, previous, fresh, method.wrap_model))
         method.attach(model, teacher, previous)
-        data = StepData(opts, task, self.device, method.replay)
+        judge = None
         if opts.val_by_teacher is not None and task.step > 0:
-            with (
-                torch.random.fork_rng()
-            ):  # a network that is built for the validation must not change the random numbers of the training
+            # A network that is built for the validation must not change the random numbers of the training
+            with torch.random.fork_rng():
                 judge = teacher or self._teacher(method, previous)
-            data.val_loader = TeacherLabelled(data.val_loader, judge, opts.val_by_teacher)
+        data = StepData(opts, task, self.device, method.replay, judge)
         return Prepared(model, teacher, previous, unfinished, data)
 
     # ---------------------------------------------------------------- training

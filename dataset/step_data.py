@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dataset
 from dataset.base import JoinedSet, SegmentationSet
 from dataset.sampler import EpochSampler, EvaluationBatches, LoadedBatches, Loader, PartSampler
 from dataset.tasks import Task
+from dataset.teacher_labels import TeacherLabelled
 from utils.checkpointing.store import Store
 from utils.errors import UserError
 from utils.runtime import distributed
@@ -66,6 +68,7 @@ class StepData:
         device: to which the batches are copied.
         replay: the method's `replay`, which extends the training set by a memory of earlier steps; None for a test, which accepts
             any number of training images.
+        judge: the network whose predictions label old classes for the validation (`--val_by_teacher`), or None.
 
     Attributes:
         batches: of the training set.
@@ -73,7 +76,14 @@ class StepData:
         class_names: by position in the order of learning.
     """
 
-    def __init__(self, opts: Namespace, task: Task, device: torch.device, replay: Replay | None = None):
+    def __init__(
+        self,
+        opts: Namespace,
+        task: Task,
+        device: torch.device,
+        replay: Replay | None = None,
+        judge: nn.Module | None = None,
+    ):
         self.opts = opts
         splits, world, rank = dataset.build(opts, task), distributed.world_size(), distributed.rank()
         train: SegmentationSet | JoinedSet = splits.train
@@ -94,6 +104,8 @@ class StepData:
             Loader(split, PartSampler(len(split), rank, world), per_batch, opts, pin)
             for split in (splits.val, splits.test)
         )
+        if judge is not None:
+            self.val_loader = TeacherLabelled(self.val_loader, judge, opts.val_by_teacher)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
