@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,19 +21,18 @@ from tqdm import tqdm
 import dataset
 from dataset.sampler import EvaluationBatches, TrainingBatches
 from dataset.tasks import Task
+from evaluation import Evaluator
 from methods.base import Method
 from methods.phase import PhaseRun
-from metrics.stream_metrics import StreamSegMetrics
 from metrics.summary import of_old_and_new
-from modules.inference import PLAIN, View, make_views, most_likely
 from segmentation_module import SegmentationModel
 from utils import scheduler
 from utils.checkpointing import structure
 from utils.checkpointing.random_state import random_state, set_random_state
-from utils.optimizer import allocate_momenta, make_optimizer, parameter_groups
+from utils.optimizer import allocate_momenta, initialise_momenta, make_optimizer, parameter_groups
 from utils.reporting.context import Context
 from utils.reporting.meters import Meters
-from utils.runtime import amp, distributed, divergence
+from utils.runtime import distributed, divergence, gate
 from utils.runtime.divergence import DivergenceWatch, copy_to_cpu
 from utils.runtime.errors import NonFiniteLoss, NonFiniteNetwork
 from utils.runtime.signals import Stopped
@@ -42,7 +41,7 @@ from utils.runtime.signals import Stopped
 STATE_VERSION = 5
 
 
-class Trainer:
+class Trainer(Evaluator):
     """Trains and evaluates the model of one step.
 
     Args:
@@ -57,36 +56,33 @@ class Trainer:
     Attributes:
         epoch, iteration: position of the next iteration of the main training; `iteration` counts within the epoch.
         history: an entry an epoch, of phases too.
-        test_views: how the test of the step sees its images.
-        stop_agreed: signal that all processes agreed to stop on, or 0.
+        save_agreed: whether it is time to save the state.
+        unsettled: the last iteration, where the host has not read its losses yet (`utils.runtime.gate`).
     """
 
     def __init__(self, opts: Namespace, task: Task, method: Method, model: SegmentationModel, teacher: nn.Module | None,
                  context: Context, iterations_per_epoch: int):  # fmt: skip
-        self.opts, self.task, self.method, self.context = opts, task, method, context
-        self.network, self.teacher = model, teacher
-        self.device, self.log = context.device, context.log
-        self.dtype = next(model.parameters()).dtype
-        self.layout = torch.channels_last if opts.channels_last else torch.contiguous_format
+        super().__init__(opts, task, model, context)
+        self.method, self.teacher = method, teacher
         self.iterations_per_epoch = iterations_per_epoch
         self.epoch = self.iteration = self.validated_epoch = 0
         self.skipped = 0
         self.best_score = 0.0
-        self.stop_agreed = 0
+        self.save_agreed = False
+        self.unsettled: gate.Outcome | None = None
         self.meters = Meters()
         self.divergence = DivergenceWatch()
-        self.test_views = make_views(opts.scales, opts.flip)
         self.history: list[dict[str, Any]] = []
         if opts.fix_bn:
             model.fix_bn()
         method.freeze(model)  # before the optimiser and the wrapper collect what is trained
         self.phase_runs = self._make_phase_runs()
         self.balancer = method.make_balancer(model)
-        self.precision = amp.build(opts, self.device)
         groups = method.parameter_groups(parameter_groups(opts, task.step, model), model)
         fused = self.precision.allows_fused_step
         self.optimizer: Optimizer = make_optimizer(opts, groups, self.balancer.parameters(), fused)
         self.model, self.optimizer = self.precision.prepare(model, self.optimizer)
+        initialise_momenta(self.optimizer, self.device)
         self.scheduler = scheduler.build(opts, self.optimizer, opts.epochs * iterations_per_epoch)
         self._wrap()
 
@@ -154,16 +150,24 @@ class Trainer:
         title = f"step {self.task.step} epoch {self.epoch + 1}/{self.opts.epochs}"
         bar = self.log.bar(batches, title, self.iterations_per_epoch, initial=self.iteration)
         for images, labels in bar:
-            values = self.train_iteration(images, labels)
+            self._finish(self.settle(), bar, save)
+            finished = self.train_iteration(images, labels)
             self.iteration += 1
-            if values:
-                self._report(values, bar)
-            if self.stop_agreed or self.context.save_due():
-                save()
-                self.context.saved()
-            if self.stop_agreed:
-                raise Stopped(self.stop_agreed)
+            self._finish(finished, bar, save)
+        self._finish(self.settle(), bar, save)
         return self._end_epoch()
+
+    def _finish(self, values: dict[str, float] | None, bar: tqdm, save: Callable[[], None]) -> None:
+        """What follows an iteration once the host knows its losses: report, save, stop."""
+        if values is None:
+            return
+        if values:
+            self._report(values, bar)
+        if self.stop_agreed or self.save_agreed:
+            save()
+            self.context.saved()
+        if self.stop_agreed:
+            raise Stopped(self.stop_agreed)
 
     def trial(self, batches: TrainingBatches) -> None:
         """Train one batch to test whether an iteration fits into the memory; the state before it is restored.
@@ -175,23 +179,17 @@ class Trainer:
             RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` turns this into a UserError.
         """
         state = copy_to_cpu(self.state_dict())  # before the loader draws from a random generator
-        buffers = [buffer.clone() for buffer in self.network.buffers()]  # some are in no state dict
+        buffers = gate.KeptBuffers(self.network)  # some are in no state dict
         allocate_momenta(self.optimizer)  # the second backward pass has to fit beside them
         self.model.train()
         with contextlib.suppress(NonFiniteLoss):  # the training itself will say so
-            self.train_iteration(*next(iter(batches)))
+            self._train_checked(*next(iter(batches)))
         self.optimizer.zero_grad(set_to_none=True)
-        self.divergence, self.stop_agreed = DivergenceWatch(), 0
+        self.divergence, self.stop_agreed, self.save_agreed = DivergenceWatch(), 0, False
         self._restore(state)
-        self._restore_buffers(buffers)
+        buffers.restore()
 
-    @torch.no_grad()
-    def _restore_buffers(self, buffers: list[Tensor]) -> None:
-        """Restore the running statistics of the norms to their values before a forward pass."""
-        for buffer, value in zip(self.network.buffers(), buffers):
-            buffer.copy_(value)
-
-    def train_iteration(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def train_iteration(self, images: Tensor, labels: Tensor) -> dict[str, float] | None:
         """One step of the optimiser.
 
         Args:
@@ -199,43 +197,101 @@ class Trainer:
             labels: (B, H, W), positions in learning order, 255 ignored.
 
         Returns:
-            Every loss term and the total, averaged over processes; empty if the iteration was skipped as non-finite.
+            Every loss term and the total, averaged over processes; empty if the iteration was skipped as non-finite; None if the losses
+            are still on the device, `settle` then returns them.
         """
+        assert self.unsettled is None, "settle comes before"
+        gated = self.precision.gates and self.method.gated and self.divergence.calm
+        if gated and gate.asynchronous(self.device):
+            self._train_gated(images, labels)
+            return None
+        return self._train_checked(images, labels)
+
+    def _forward(self, images: Tensor, labels: Tensor, scale: Tensor | float) -> gate.ForwardPass:
+        """All that comes before the backward pass."""
         images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True).long()
         self.optimizer.zero_grad(set_to_none=True)
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
         with self.precision.autocast():
             batch = self.method.prepare(images, labels, self.teacher)
             batch = batch.with_student(self.balancer.detach_taps(self.model(images)))
         terms = self.method.terms(batch)
-        loss = self.balancer.combine(terms, self.precision.gradient_scale)
+        loss = self.balancer.combine(terms, scale)
         penalties = self.method.penalties(self.network)
-        values = self._agree(sum(penalties.values(), start=loss.detach()), terms | penalties)
+        total = sum(penalties.values(), start=loss.detach())
+        message = gate.agree(total, terms | penalties, self.context.requests())
         batch.release_taps()  # frees memory for the backward pass
-        del terms
-        if not all(math.isfinite(value) for value in values.values()):
-            self._restore_buffers(buffers)
+        return gate.ForwardPass(batch, loss, (*terms, *penalties, "loss"), message)
+
+    def _train_checked(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """An iteration whose losses the host reads before the backward pass."""
+        buffers = gate.KeptBuffers(self.network)
+        passed = self._forward(images, labels, self.precision.gradient_scale)
+        *losses, stop, save = passed.message.tolist()
+        self._hear(gate.Requests(stop > 0, save > 0))
+        values = dict(zip(passed.names, losses))
+        if not all(math.isfinite(value) for value in losses):
+            buffers.restore()
             self._tolerate(values)
             self.scheduler.step()
             return {}
         if self.divergence.begins(values):
             self._warn_of_divergence(values, buffers)
-        self.precision.backward(loss, self.optimizer)
-        self.balancer.after_backward()
-        self.method.after_backward(self.network)
-        self.precision.step(self.optimizer)
-        self.method.after_step(self.network, batch)
-        self.scheduler.step()
+        self._move(passed)
         return values
 
-    def _agree(self, total: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Average the losses over processes; the same message says whether any process got a stop request."""
-        vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), total)])  # n
-        vector = torch.cat([vector, vector.new_tensor([float(self.context.stop.signum)])])  # n+1
-        *values, asked = distributed.mean_(vector).tolist()
-        self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum) if asked else 0
-        return dict(zip((*terms, "loss"), values))
+    def _train_gated(self, images: Tensor, labels: Tensor) -> None:
+        """An iteration whose losses the host reads before the next one, see `utils.runtime.gate`."""
+        parts = self.method.parts
+        kept = gate.Kept([self.scheduler, self.balancer, *(item for part in parts for item in part.assigned())])
+        buffers = gate.KeptBuffers(self.network)
+        passed = self._forward(images, labels, self.precision.scale_on_device())
+        accepted = gate.acceptable(passed.message, self.divergence.limit)
+        self.unsettled = gate.Outcome(passed.names, passed.message, accepted, (images, labels), kept)
+        for part in parts:
+            part.accepted = accepted
+        self._move(passed, accepted)
+        for part in parts:
+            part.accepted = None
+        buffers.restore(accepted)
+
+    def settle(self) -> dict[str, float] | None:
+        """Read the losses of the last iteration, if they are still on the device.
+
+        Returns:
+            What `train_iteration` returns where it reads them; None if it has done so.
+        """
+        outcome, self.unsettled = self.unsettled, None
+        if outcome is None:
+            return None
+        accepted, values, requests = outcome.read()
+        if accepted:
+            self._hear(requests)
+            self.divergence.begins(values)
+            return values
+        # Nothing has moved. The repetition warns, skips the batch or ends the training
+        outcome.kept.restore()
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
+            group["lr"] = rate
+        self.iteration -= 1
+        values = self._train_checked(*outcome.batch)
+        self.iteration += 1
+        return values
+
+    def _move(self, passed: gate.ForwardPass, accepted: Tensor | None = None) -> None:
+        """Backward pass and step of the optimiser."""
+        gated = {} if accepted is None else {"accepted": accepted}
+        self.precision.backward(passed.loss, self.optimizer, **gated)
+        self.balancer.after_backward()
+        self.method.after_backward(self.network)
+        self.precision.step(self.optimizer, **gated)
+        self.method.after_step(self.network, passed.batch)
+        self.scheduler.step()
+
+    def _hear(self, requests: gate.Requests) -> None:
+        """What all processes do about a request of any of them."""
+        self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum) if requests.stop else 0
+        self.save_agreed = requests.save
 
     def _place(self, values: dict[str, float]) -> str:
         """Iteration and losses, for messages."""
@@ -267,11 +323,10 @@ class Trainer:
                 raise NonFiniteLoss(self.divergence.failure({}, place, self.method.remedy)) from error
             raise
 
-    def _warn_of_divergence(self, values: dict[str, float], buffers: list[Tensor]) -> None:
+    def _warn_of_divergence(self, values: dict[str, float], buffers: gate.KeptBuffers) -> None:
         """Warn once per step, and keep the state before this iteration, which is saved if the loss becomes NaN or infinite."""
-        before = dict(zip((name for name, _ in self.network.named_buffers()), buffers))
         state = self.state_dict()
-        before = {name: value for name, value in before.items() if name in state["model"]}
+        before = {name: value for name, value in buffers.named().items() if name in state["model"]}
         # The backward pass needs the buffers after the forward pass, so only the copy gets the earlier values
         self.divergence.state = copy_to_cpu(state | {"model": state["model"] | before})
         if not self.divergence.warned:
@@ -329,64 +384,6 @@ class Trainer:
             f"({dataset.labels_of_validation(self.opts, self.task)})"
         )
 
-    @torch.no_grad()
-    def evaluate(
-        self, loader: EvaluationBatches, title: str = "test", keep: int = 0, views: Sequence[View] = PLAIN
-    ) -> dict[str, Any] | None:
-        """Scores of the student over a loader; every image counts once, whatever the number of processes.
-
-        Args:
-            loader: yields (images, labels); each process holds its own part of the images.
-            title: text before the progress bar.
-            keep: number of (image, label, prediction) triples to return under "samples", on the main process.
-            views: how the network sees each image.
-
-        Returns:
-            The scores of `StreamSegMetrics.get_results`, with the (C, C) "Confusion Matrix"; None if a stop was asked for.
-        """
-        metrics = StreamSegMetrics(self.task.num_total, self.device)
-        distributed.broadcast_(
-            list(self.network.buffers())
-        )  # norms without synchronisation take the main process's statistics
-        was_training = self.network.training
-        self.network.eval()
-        samples: list[tuple[Tensor, Tensor, Tensor]] = []
-        for images, labels in self.log.bar(loader, title, len(loader)):
-            if self.context.stop.signum:
-                break
-            predictions = self.predict(images, views)
-            metrics.update(labels.to(self.device, non_blocking=True), predictions)
-            if len(samples) < keep:
-                samples += list(zip(images, labels, predictions.cpu()))[: keep - len(samples)]
-        self.network.train(was_training)
-        self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum)
-        if self.stop_agreed:
-            return None
-        distributed.sum_(metrics.confusion_matrix)
-        return metrics.get_results() | {"Confusion Matrix": metrics.confusion_matrix.cpu(), "samples": samples}
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, views: Sequence[View] = PLAIN) -> Tensor:
-        """(B, 3, H, W) normalised → the most likely class of every pixel, (B, H, W) int64; `views` as for `evaluate`."""
-        images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
-        with self.precision.autocast():
-            return most_likely(self.network, images, views, background=not self.opts.dont_predict_bg)
-
-    def predict_each(self, images: Iterable[Tensor]) -> list[Tensor]:
-        """Most likely class of every pixel of single images, as in the test of a step; may be called on one process alone.
-
-        Args:
-            images: (3, H, W) normalised, of any sizes.
-
-        Returns:
-            For each (H, W) int64 on the CPU.
-        """
-        was_training = self.network.training
-        self.network.eval()
-        predictions = [self.predict(image[None], self.test_views)[0].cpu() for image in images]
-        self.network.train(was_training)
-        return predictions
-
     # ----------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,6 +432,7 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.network.load_state_dict(state["model"])
         structure.check_momenta(self.optimizer)
+        initialise_momenta(self.optimizer, self.device)
         for run, saved in zip(self.phase_runs, state["phases"], strict=True):
             run.load_state_dict(saved)
         self.epoch, self.iteration, self.validated_epoch, self.skipped = state["position"]

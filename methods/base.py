@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from dataset.base import SegmentationSet
 from dataset.sampler import TrainingBatches
 from dataset.tasks import Task
-from methods.part_types import Previous
+from methods.part_types import GatedHooks, Previous
 from segmentation_module import SegmentationModel
 from utils.balance.equilibrium import Balancer, Sum, TermSpec
 from utils.options.rules import Rules
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from methods.phase import Phase
 
 
-class Part:
+class Part(GatedHooks):
     """One ingredient of a method. A subclass overrides the hooks that it needs; the table above says when each is called.
 
     Args:
@@ -193,15 +193,9 @@ class Part:
         """Named scalars that depend on the parameters alone. They count in the total loss; `after_backward` adds their gradient."""
         return {}
 
-    def after_backward(self, model: SegmentationModel) -> None:
-        """Add to the gradients. Called after the main backward pass and before the optimiser's step."""
-
     def remedies(self) -> dict[str, str]:
         """Advice to the user, by the name of the term that diverges or is not finite."""
         return {}
-
-    def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Called after the step of the optimiser. The batch has its labels; its taps are released."""
 
     # ------------------------------------------------------------------ ends
 
@@ -400,6 +394,11 @@ class Method:
         diverging = diverging or [max(terms, key=lambda name: abs(terms[name]))]
         remedies = {name: text for part in self.parts for name, text in part.remedies().items()}
         return next((remedies[name] for name in diverging if name in remedies), "")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the host may read the losses of an iteration after the next one has begun, see `utils.runtime.gate`."""
+        return all(part.takes_part for part in self.parts)
 
     def after_backward(self, model: SegmentationModel) -> None:
         """Add the gradients of the penalties."""

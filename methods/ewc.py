@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from utils.types import Batch
 class WeightPenalty(Part):
     """Measures the importance of weights at every step, step 0 included, and penalises changes of earlier steps' important weights."""
 
+    gated = True
     state_key = "regularizer"
     rules = Rules(
         ranges={"reg_importance": (0, LARGE), "reg_alpha": (0, 1), "reg_iterations": (1, LARGE)},
@@ -89,14 +91,18 @@ class WeightPenalty(Part):
         """{"regularizer": scalar}; empty if no earlier step measured an importance."""
         return {"regularizer": self.regularizer.penalty(model)} if self.regularizer.weights else {}
 
+    def assigned(self) -> Iterable[Any]:
+        """The measurement counts iterations."""
+        return (self, self.regularizer)
+
     def after_backward(self, model: SegmentationModel) -> None:
         """Measure the importance from the gradients of the loss, then add those of the penalty."""
-        self.regularizer.update(model)
+        self.regularizer.update(model, self.accepted)
         self.regularizer.add_gradient(model)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
         """Measure how much the optimiser changed the parameters."""
-        self.regularizer.after_step(model)
+        self.regularizer.after_step(model, self.accepted)
 
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
         """Finish the measurement of this step."""

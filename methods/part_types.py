@@ -1,13 +1,15 @@
-"""The state of step t−1, as a part gets it."""
+"""What `methods.base.Part` is made of: the state of step t−1, and the hooks after the forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from segmentation_module import SegmentationModel
 from utils.errors import UserError
+from utils.types import Batch
 
 
 class Previous(NamedTuple):
@@ -53,3 +55,36 @@ class Previous(NamedTuple):
         """An entry of the state; None if there is none, or if the state of a crafted file is no dictionary."""
         state: object = self.state
         return state.get(name) if isinstance(state, dict) else None
+
+
+class GatedHooks:
+    """The hooks of a part that an iteration calls after its losses.
+
+    On CUDA the host may learn after them that the losses are not finite (`utils.runtime.gate`). The trainer then restores the attributes
+    of the part, and repeats the iteration or skips it. What the hooks change in place must not change in such an iteration.
+
+    Attributes:
+        accepted: 0-d bool on the device, false if the iteration does not count; None where the host has checked the losses.
+    """
+
+    #: Whether the two hooks change tensors in place only where `accepted` is true. A part that defines one of the hooks and does not
+    #: set this has the host read the losses before the backward pass of every iteration.
+    gated: ClassVar[bool] = False
+    accepted: Tensor | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the host may read the losses later."""
+        mine, base = type(self), GatedHooks
+        defined = mine.after_backward is not base.after_backward or mine.after_step is not base.after_step
+        return self.gated or not defined
+
+    def assigned(self) -> Iterable[Any]:
+        """Objects whose attributes are restored if an iteration does not count: those to which hooks assign new values."""
+        return (self,)
+
+    def after_backward(self, model: SegmentationModel) -> None:
+        """Add to the gradients. Called after the main backward pass and before the optimiser's step."""
+
+    def after_step(self, model: SegmentationModel, batch: Batch) -> None:
+        """Called after the step of the optimiser. The batch has its labels; its taps are released."""

@@ -24,6 +24,7 @@ from utils.reporting.context import Context
 from utils.reporting.meters import Meters
 from utils.runtime import amp, distributed
 from utils.runtime.errors import NonFiniteLoss
+from utils.runtime.gate import agree
 from utils.runtime.signals import Stopped
 
 
@@ -195,14 +196,14 @@ class PhaseRun:
         title = f"step {phase.task.step} {phase.name} epoch {self.epoch + 1}/{phase.epochs}"
         bar = context.log.bar(batches, title, self.iterations_per_epoch, initial=self.iteration)
         for images, labels in bar:
-            values, stop = self._iterate(images, labels)
+            values, stop, save_agreed = self._iterate(images, labels)
             self.iteration += 1
             self.meters.update(values)
             if self.iteration % phase.opts.print_interval == 0 or self.iteration == 1:
                 context.log.scalars(
                     {f"{phase.name}/{name}": v for name, v in values.items()}, offset + self.iterations_done
                 )
-            if stop or context.save_due():
+            if stop or save_agreed:
                 save()
                 context.saved()
             if stop:
@@ -213,8 +214,12 @@ class PhaseRun:
         text = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         context.log.info(f"step {phase.task.step} {phase.name} epoch {self.epoch}/{phase.epochs}: {text}")
 
-    def _iterate(self, images: Tensor, labels: Tensor) -> tuple[dict[str, float], int]:
-        """One step of the phase's optimiser; returns its losses, averaged over processes, and the signal to stop on, or 0."""
+    def _iterate(self, images: Tensor, labels: Tensor) -> tuple[dict[str, float], int, bool]:
+        """One step of the phase's optimiser.
+
+        Returns:
+            Its losses, averaged over processes; the signal to stop on, or 0; and whether it is time to save the state.
+        """
         phase, optimizer = self.phase, self.optimizer
         assert optimizer is not None
         dtype = next(phase.model.parameters()).dtype
@@ -227,9 +232,7 @@ class PhaseRun:
         with self.precision.autocast():
             terms = phase.terms(images, labels)
         loss = torch.stack([term.reshape(()) for term in terms.values()]).sum()
-        vector = torch.stack([value.detach().reshape(()) for value in (*terms.values(), loss)])  # n+1
-        asked = vector.new_tensor([float(self.context.stop.signum)])
-        *numbers, asked_mean = distributed.mean_(torch.cat([vector, asked])).tolist()
+        *numbers, stop, save = agree(loss, terms, self.context.requests()).tolist()
         values = dict(zip((*terms, "loss"), numbers))
         if not all(math.isfinite(value) for value in numbers):
             named = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
@@ -241,7 +244,7 @@ class PhaseRun:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.mean_(parameter.grad)
         self.precision.step(optimizer)
-        return values, distributed.max_over_ranks(self.context.stop.signum) if asked_mean else 0
+        return values, distributed.max_over_ranks(self.context.stop.signum) if stop else 0, save > 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the student that is needed to continue exactly."""

@@ -62,6 +62,7 @@ class RepresentationCompensation(Part):
         passes: training iterations of this step so far, which number the draws.
     """
 
+    gated = True
     state_key = "rcil"
     rules = Rules(
         idle=[("--rcil_network", lambda opts: opts.rcil_network is not None, ["rcil_stem", "rcil_init"])],

@@ -102,11 +102,16 @@ class Regularizer:
         """The largest importance of a parameter, 0 where there is none."""
         return max((float(weight.max()) for weight in self.weights.values()), default=0.0)
 
-    def update(self, model: nn.Module) -> None:
-        """Measure from the gradients of the loss, before those of the penalty are added."""
+    def update(self, model: nn.Module, accepted: Tensor | None = None) -> None:
+        """Measure from the gradients of the loss, before those of the penalty are added.
 
-    def after_step(self, model: nn.Module) -> None:
-        """Measure from the parameters after the step of the optimiser."""
+        Args:
+            model: the student, not wrapped.
+            accepted: as in `methods.part_types.GatedHooks`; where it is false, nothing is measured.
+        """
+
+    def after_step(self, model: nn.Module, accepted: Tensor | None = None) -> None:
+        """Measure from the parameters after the step of the optimiser. The arguments are those of `update`."""
 
     def finish(self, model: nn.Module) -> None:
         """Compute the importance that the next step reads from the measurement of this step."""
@@ -181,13 +186,14 @@ class FisherRegularizer(Regularizer):
         return _carried(super()._start(model, kind), self.old.get(kind, {}))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, accepted: Tensor | None = None) -> None:
         """Update the moving average; gradients that overflowed in half precision are skipped."""
         fisher = self.current["fisher"]
         for name, parameter in model.named_parameters():
             if name in fisher and parameter.grad is not None:
                 square = parameter.grad.square()
-                fisher[name].lerp_(torch.where(square.isfinite(), square, fisher[name]), self.opts.reg_alpha)
+                usable = square.isfinite() if accepted is None else square.isfinite() & accepted
+                fisher[name].lerp_(torch.where(usable, square, fisher[name]), self.opts.reg_alpha)
 
 
 class _PathMixin(Regularizer):
@@ -228,12 +234,12 @@ class PathRegularizer(_PathMixin):
     def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
         return _carried(super()._start(model, kind), self.old.get(kind, {}))
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, accepted: Tensor | None = None) -> None:
         """Keep the gradients of the loss until the optimiser's step."""
         self._remember_gradients(model)
 
-    def after_step(self, model: nn.Module) -> None:
-        """Add the decrease of this iteration."""
+    def after_step(self, model: nn.Module, accepted: Tensor | None = None) -> None:
+        """Add the decrease of this iteration, which is 0 where the optimiser moved nothing."""
         self._add_to_path(model)
 
     @torch.no_grad()
@@ -274,26 +280,33 @@ class RiemannianRegularizer(_PathMixin, FisherRegularizer):
     def _start(self, model: nn.Module, kind: str) -> dict[str, Tensor]:
         return super()._start(model, kind) if kind == "fisher" else Regularizer._start(self, model, kind)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, accepted: Tensor | None = None) -> None:
         """Update the moving average of the Fisher information; keep the gradients until the optimiser's step."""
-        super().update(model)
+        super().update(model, accepted)
         self._remember_gradients(model)
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module, accepted: Tensor | None = None) -> None:
         """Add the decrease of this iteration; every `--reg_iterations` iterations add the sum to the score."""
         self._add_to_path(model)
         self.iterations += 1
         if self.iterations % self.opts.reg_iterations == 0:
-            self._score(model)
+            self._score(model, accepted)
 
     @torch.no_grad()
-    def _score(self, model: nn.Module) -> None:
+    def _score(self, model: nn.Module, accepted: Tensor | None = None) -> None:
         for name, parameter in model.named_parameters():
             if name in self.path:
-                divergence = 0.5 * self.current["fisher"][name] * (parameter - self.before[name]).square()
-                self.current["score"][name] += (self.path[name] / (divergence + SCORE_DAMPING)).clamp(min=0)
-                self.path[name].zero_()
-                self.before[name].copy_(parameter)
+                score, path, before = self.current["score"][name], self.path[name], self.before[name]
+                divergence = 0.5 * self.current["fisher"][name] * (parameter - before).square()
+                gain = (path / (divergence + SCORE_DAMPING)).clamp(min=0)
+                if accepted is None:
+                    score += gain
+                    path.zero_()
+                    before.copy_(parameter)
+                else:
+                    score += torch.where(accepted, gain, 0.0)
+                    path.copy_(torch.where(accepted, 0.0, path))
+                    before.copy_(torch.where(accepted, parameter, before))
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:

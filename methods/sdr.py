@@ -60,6 +60,7 @@ class LatentPrototypes(Part):
     """Attraction, repulsion and matching, and the running class means that they use."""
 
     needs_teacher = True
+    gated = True
     state_key = "sdr"
     rules = Rules(
         ranges={"loss_fc": (0, LARGE), "lfc_sep_clust": (0, LARGE), "loss_de_prototypes": (0, LARGE)},
@@ -169,7 +170,7 @@ class LatentPrototypes(Part):
         return latent_space.updated_prototypes(self.prototypes, self.counts, joined[:, :-1], joined[:, -1].long(), skip)
 
     def after_step(self, model: SegmentationModel, batch: Batch) -> None:
-        """Store the updated prototypes. Not called for an iteration that is skipped as not finite."""
+        """Store the updated prototypes. Not called for an iteration that is skipped as not finite, or undone by the trainer."""
         assert self.pending is not None, "`terms` is called before"
         self.prototypes, self.counts = self.pending
 

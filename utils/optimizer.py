@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.runtime import gate
+
 Group = dict[str, Any]
 
 
@@ -75,3 +77,9 @@ def allocate_momenta(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"] if group["momentum"] else []:
             if parameter.requires_grad:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def initialise_momenta(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """`allocate_momenta` where a step can be withheld on the device: a first one would leave momenta that are not initialised."""
+    if gate.asynchronous(device):
+        allocate_momenta(optimizer)

@@ -287,7 +287,8 @@ class Workbench:
     def iteration(self) -> None:
         """`Trainer.train_iteration`, the data on the device."""
         assert self.trainer is not None
-        assert self.trainer.train_iteration(self.images, self.labels), "the iteration was skipped"
+        values = self.trainer.train_iteration(self.images, self.labels)
+        assert values or self.trainer.settle(), "the iteration was skipped"
 
     def optimizer_step(self) -> None:
         """The optimiser's step alone, on the gradients of the last iteration."""

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import evaluation
 import run
 import train
 from tests.stress.fault_saving import make_older
@@ -19,6 +20,7 @@ from tests.support.paths import ROOT
 from utils.checkpointing import checkpoint_files, header
 from utils.checkpointing.store import Store
 from utils.reporting import results
+from utils.runtime import amp
 
 #: Commands of the last step of a run, and those of the steps before it.
 COMMANDS = {
@@ -122,7 +124,7 @@ PLACES = {
     "middle of epoch 1": ((train.Trainer, "train_iteration"), 2, True),
     "middle of epoch 2": ((train.Trainer, "train_iteration"), 6, False),
     "last iteration": ((train.Trainer, "train_iteration"), 12, True),
-    "before the optimiser": ((train.amp.Precision, "step"), 4, False),
+    "before the optimiser": ((amp.Precision, "step"), 4, False),
     "end of epoch 1": ((train.Trainer, "_end_epoch"), 1, True),
     "end of the last epoch": ((train.Trainer, "_end_epoch"), 3, True),
     "before saving that a step begins": ((Store, "begin"), 1, False),
@@ -130,12 +132,12 @@ PLACES = {
     "epoch 1 written": ((checkpoint_files, "_serialise"), 2, True),
     "epoch 1 read back": ((checkpoint_files, "_read_back"), 2, True),
     "epoch 2 renamed": ((checkpoint_files, "_sync_folder"), 3, False),
-    "validation 1": ((train.StreamSegMetrics, "update"), 1, True),
-    "validation 2": ((train.StreamSegMetrics, "get_results"), 2, True),
+    "validation 1": ((evaluation.StreamSegMetrics, "update"), 1, True),
+    "validation 2": ((evaluation.StreamSegMetrics, "get_results"), 2, True),
     "finished, not written": ((Store, "save_finished"), 1, False),
     "finished, written": ((checkpoint_files, "discard"), 2, True),
     "finished, saved": ((Store, "save_finished"), 1, True),
-    "test": ((train.StreamSegMetrics, "get_results"), 4, False),
+    "test": ((evaluation.StreamSegMetrics, "get_results"), 4, False),
     "before the results": ((results, "write"), 1, False),
     "between CSV and JSON": ((os, "replace"), ".json", False),
     "after the results": ((results, "write"), 1, True),
@@ -207,9 +209,9 @@ STOPS = {
     "iteration 1": ((train.Trainer, "train_iteration"), 1, signal.SIGINT),
     "iteration 6": ((train.Trainer, "train_iteration"), 6, signal.SIGTERM),
     "last iteration": ((train.Trainer, "train_iteration"), 12, signal.SIGTERM),
-    "validation": ((train.StreamSegMetrics, "update"), 3, signal.SIGINT),
+    "validation": ((evaluation.StreamSegMetrics, "update"), 3, signal.SIGINT),
     "saving": ((Store, "save_unfinished"), 2, signal.SIGTERM),
-    "test": ((train.StreamSegMetrics, "update"), 8, signal.SIGTERM),
+    "test": ((evaluation.StreamSegMetrics, "update"), 8, signal.SIGTERM),
 }
 
 
@@ -418,7 +420,7 @@ def test_results_of_a_night_stay_in_one_file(tmp_path, monkeypatch):
 LOGGED = {
     "between two saved states": ((train.Trainer, "train_iteration"), 10, False, kill),
     "after a validation": ((train.Trainer, "train_iteration"), 7, False, kill),
-    "in a validation": ((train.StreamSegMetrics, "update"), 2, True, kill),
+    "in a validation": ((evaluation.StreamSegMetrics, "update"), 2, True, kill),
     "asked to stop": ((train.Trainer, "train_iteration"), 9, True, lambda: os.kill(os.getpid(), signal.SIGTERM)),
 }
 

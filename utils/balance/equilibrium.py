@@ -12,7 +12,7 @@ balancer.end_epoch()                # λ rescaled to sum to the number of terms
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,7 +54,7 @@ class Balancer(Protocol):
         """The taps from which the losses are computed."""
         ...
 
-    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
+    def combine(self, terms: dict[str, Tensor], gradient_scale: Tensor | float = 1.0) -> Tensor:
         """The loss of the terms.
 
         Args:
@@ -106,7 +106,7 @@ class Sum:
         """The taps themselves."""
         return taps
 
-    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
+    def combine(self, terms: dict[str, Tensor], gradient_scale: Tensor | float = 1.0) -> Tensor:
         """Σ_i ℓ_i.
 
         Args:
@@ -255,7 +255,7 @@ class GradientEquilibrium:
         assert self._detached.taps is not None
         return self._detached.taps
 
-    def combine(self, terms: dict[str, Tensor], gradient_scale: float = 1.0) -> Tensor:
+    def combine(self, terms: dict[str, Tensor], gradient_scale: Tensor | float = 1.0) -> Tensor:
         """Σ λ_i ℓ_i, with λ a constant; also measures mean(∂ℓ_i/∂W_i), which needs the graph of the losses.
 
         Args:
@@ -283,7 +283,7 @@ class GradientEquilibrium:
         weights = torch.cat([weights, weights.new_ones(len(ordered) - len(self.terms))])  # one weight a term
         return weighted_sum(value, gradients, weights / gradient_scale)
 
-    def _measure(self, losses: Tensor, gradients: Sequence[TapGradients], gradient_scale: float) -> None:
+    def _measure(self, losses: Tensor, gradients: Sequence[TapGradients], gradient_scale: Tensor | float) -> None:
         means = [mean_gradient(found, weight) for found, weight in zip(gradients, self.watched)]
         packed = torch.stack([losses, torch.stack(means) / gradient_scale]).to(self.weights.dtype)  # 2×n
         losses_now, mean_gradients = distributed.mean_(packed).unbind()
@@ -300,7 +300,7 @@ class GradientEquilibrium:
         gradients = weights * measured.mean_gradients
         ratios = self._ratios(measured.losses)
         target = (self._group_rows @ gradients) * ratios**self.alpha
-        measured.gradients, measured.ratios = gradients, ratios
+        self._measured = replace(measured, gradients=gradients, ratios=ratios)
         slope = EQUILIBRIUM_FACTOR * torch.sign(gradients - target) * measured.mean_gradients
         # In float16 the gradient of one term may overflow although that of the sum does not
         slope = torch.where(measured.mean_gradients.isfinite().all(), slope, 0.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from utils.reporting.logger import Logger
-from utils.runtime import distributed
+from utils.runtime.gate import Requests
 from utils.runtime.signals import StopRequest
 
 
@@ -33,11 +33,10 @@ class Context:
     save_minutes: float = 0.0
     saved_at: float = field(default_factory=lambda: time.monotonic())
 
-    def save_due(self) -> bool:
-        """Whether `save_minutes` have passed since the last save, on any process; the answer is equal on all processes."""
-        if not self.save_minutes:
-            return False
-        return distributed.any_true(time.monotonic() - self.saved_at > 60 * self.save_minutes, self.device)
+    def requests(self) -> Requests:
+        """What this process asks of all: a stop after a signal, and a save after `save_minutes`."""
+        due = self.save_minutes > 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
+        return Requests(self.stop.signum, due)
 
     def saved(self) -> None:
         """Record that the state was saved now."""

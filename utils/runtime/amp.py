@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from utils.runtime import gate
+
 #: First loss scale of float16 training, torch's own default.
 INITIAL_SCALE = 2.0**16
 
@@ -86,21 +88,58 @@ class Precision:
         """Factor of the loss that keeps small float16 gradients from becoming 0; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
+    def scale_on_device(self) -> Tensor | float:
+        """`gradient_scale`, without a wait for the device."""
+        return self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
+
+    @property
+    def gates(self) -> bool:
+        """Whether the optimiser's step can be withheld on the device, see `utils.runtime.gate`."""
+        return self.allows_fused_step
+
     @property
     def allows_fused_step(self) -> bool:
-        """False with a scaler: if the first step overflows, torch's fused SGD keeps momenta that were allocated and not initialised."""
-        return not self.scaler.is_enabled()
+        """Whether the fused step can be used.
 
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Backward pass, after which the gradients are unscaled."""
+        With a scaler only where `Trainer` initialises the momenta: if the first step overflows, torch's fused SGD keeps momenta that
+        were allocated and not initialised.
+        """
+        return not self.scaler.is_enabled() or gate.asynchronous(self.device)
+
+    def backward(self, loss: Tensor, optimizer: Optimizer, accepted: Tensor | None = None) -> None:
+        """Backward pass, after which the gradients are unscaled.
+
+        Args:
+            loss: scalar.
+            optimizer: of the parameters.
+            accepted: 0-d bool; if it is false, the scaler finds NaN in the gradients.
+        """
+        if self.scaler.is_enabled() and accepted is not None:
+            loss = loss * torch.where(accepted, 1.0, torch.nan)
         self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Update the parameters; after an overflow in float16, skip the update and lower the scale instead."""
-        self.scaler.step(optimizer)
-        self.scaler.update()
+    def step(self, optimizer: Optimizer, accepted: Tensor | None = None) -> None:
+        """Update the parameters; after an overflow in float16, skip the update and lower the scale instead.
+
+        Args:
+            optimizer: of the parameters; its step is fused if `accepted` is given.
+            accepted: 0-d bool; if it is false, parameters, momenta and the scale stay as they are.
+        """
+        if accepted is None:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif not self.scaler.is_enabled():
+            fused: Any = optimizer
+            fused.found_inf = (~accepted).float()  # the fused step reads it on the device, as with a scaler
+            fused.step()
+            del fused.found_inf
+        else:
+            before = self.scale_on_device()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            self.scaler.update(torch.where(accepted, self.scale_on_device(), before))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the scaler."""
@@ -137,12 +176,12 @@ class ApexPrecision(Precision):
         """No: apex patches the plain step."""
         return False
 
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def backward(self, loss: Tensor, optimizer: Optimizer, accepted: Tensor | None = None) -> None:
         """Backward pass under apex's scaler, which unscales on leaving the context."""
         with self.amp.scale_loss(loss, optimizer) as scaled:
             scaled.backward()
 
-    def step(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer, accepted: Tensor | None = None) -> None:
         """Update the parameters; apex has patched the optimiser to skip overflows."""
         optimizer.step()
 

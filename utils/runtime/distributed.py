@@ -202,15 +202,6 @@ def broadcast_module(module: nn.Module) -> None:
     broadcast_([*module.parameters(), *module.buffers()])
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process."""
-    if not active():
-        return flag
-    votes = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
-
-
 def gather_objects(value: Any) -> list[Any]:
     """The value of every process, in order of rank, on every process."""
     if not active():

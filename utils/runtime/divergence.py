@@ -40,6 +40,17 @@ class DivergenceWatch:
         self.values: dict[str, float] = {}
         self.state: dict[str, Any] | None = None
 
+    @property
+    def limit(self) -> float:
+        """Greatest |total| that does not diverge, after the first iteration."""
+        assert self.reference is not None, "the first iteration sets the reference"
+        return FACTOR * min(max(self.reference, LEAST_REFERENCE), GREATEST_REFERENCE)
+
+    @property
+    def calm(self) -> bool:
+        """Whether the first iteration is over and the loss does not diverge."""
+        return self.reference is not None and not self.values
+
     def begins(self, values: dict[str, float]) -> bool:
         """Check an iteration.
 
@@ -53,7 +64,7 @@ class DivergenceWatch:
         if self.reference is None:
             self.reference = total
         diverged = bool(self.values)
-        if total <= FACTOR * min(max(self.reference, LEAST_REFERENCE), GREATEST_REFERENCE):
+        if total <= self.limit:
             self.values, self.state = {}, None
         elif not diverged:
             self.values = dict(values)
