@@ -4,6 +4,17 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
+import pytest
 import torch
 
+from utils.runtime import gate
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[True, False], ids=["counted", "masked"])
+def counted(request, monkeypatch):
+    """Whether losses select rows whose number the host knows, as on the CPU, or mask the others, as on CUDA."""
+    if not request.param:
+        monkeypatch.setattr(gate, "ASYNCHRONOUS", ("cuda", "cpu"))
+    return request.param

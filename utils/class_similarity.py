@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.latent_space import label_counts, worth_a_visit
 from utils.runtime.amp import at_least_float32
+from utils.runtime.gate import asynchronous
 from utils.types import IGNORE
 
 #: τ, divides the logits of both networks.
@@ -39,14 +41,14 @@ def class_sums(features: Tensor, labels: Tensor, first: int, last: int) -> tuple
         (K, D) sums and (K,) int64 numbers of pixels, K = last − first; both 0 for a class without a pixel.
     """
     features = at_least_float32(features)
-    pixels = torch.bincount(labels.flatten(), minlength=IGNORE + 1)[first:last]  # (K,)
+    pixels = label_counts(labels)[first:last]  # (K,)
     sums = features.new_zeros(last - first, features.shape[1])
     with torch.autocast(features.device.type, enabled=False):
         down, across = (
             _interpolation(small, large, features.dtype).to(features.device)
             for small, large in zip(features.shape[2:], labels.shape[1:])
         )  # (h, H), (w, W)
-        for row in pixels.nonzero().flatten().tolist():
+        for row in worth_a_visit(pixels):
             mask = (labels == first + row).to(features.dtype)  # (B, H, W)
             sums[row] = torch.einsum("bdhw,bhw->d", features, down @ mask @ across.T)
     return sums, pixels
@@ -142,10 +144,19 @@ def class_similarity_distillation(
     """
     old = teacher_logits.shape[1]
     new = (labels >= old) & (labels != IGNORE)  # (B, H, W)
+    # The number N of new pixels is known to the host only if it waits. On CUDA all pixels are computed, and those of old classes count as 0
+    masked = asynchronous(new.device)
+
+    def rows(maps: Tensor) -> Tensor:
+        return maps.flatten(0, 2) if masked else maps[new]  # (B·H·W, …) or (N, …)
+
     student, teacher = (
-        at_least_float32(logits[:, :old]).movedim(1, -1)[new] / temperature
+        rows(at_least_float32(logits[:, :old]).movedim(1, -1)) / temperature
         for logits in (student_logits, teacher_logits)
     )  # (N, C_old)
-    target = teacher.softmax(1) * weights[labels[new] - old] + FLOOR
-    total = -(target * student.log_softmax(1)).sum()
-    return temperature**2 * total / max(len(student), 1)
+    target = teacher.softmax(1) * weights[rows(torch.where(new, labels - old, 0))] + FLOOR
+    products = target * student.log_softmax(1)
+    if masked:
+        products = torch.where(rows(new)[:, None], products, 0.0)
+        return -(temperature**2) * products.sum() / new.sum().clamp(min=1)
+    return -(temperature**2) * products.sum() / max(len(student), 1)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from utils.latent_space import at_size
 from utils.runtime.amp import at_least_float32
+from utils.runtime.gate import asynchronous
 from utils.types import IGNORE
 
 #: τ, divides the cosines.
@@ -27,6 +28,8 @@ TEMPERATURE = 0.07
 LAST_OF_VOC = 20
 #: Greatest number of pairs in a block of rows; a matrix of them has 16 MiB in float32.
 BLOCK = 2**22
+#: Similarity of a contrast that does not count: below every other, and finite, so that 0 times it is 0.
+_ABSENT = -1e6
 #: Added to averaged labels before they are truncated; rounding may leave an average of equal labels slightly too small.
 _ROUNDING = 1e-6
 
@@ -71,20 +74,25 @@ class Pairs(NamedTuple):
     Attributes:
         anchors: (n, D) of length 1, of the student, with gradient.
         contrasts: (m, D) of length 1, constants: the anchors, then the teacher's features where the teacher gave the label.
-        labels: (m,) of the contrasts, those of the anchors first.
+        labels: (m,) of the contrasts, those of the anchors first; 0 where `masked` leaves a position out.
         probabilities: (m, C_old) the teacher's at each contrast's position.
-        first_new: the smallest label of the annotation.
+        first_new: 0-d, the smallest label of the annotation.
+        masked: whether there are anchors and contrasts that do not count.
     """
 
     anchors: Tensor
     contrasts: Tensor
     labels: Tensor
     probabilities: Tensor
-    first_new: int
+    first_new: Tensor
+    masked: bool = False
 
 
 def make_pairs(student: Tensor, teacher: Tensor, teacher_logits: Tensor, given: Tensor) -> Pairs | None:
     """The pairs of a batch.
+
+    How many there are is known to the host only if it waits for the device. On CUDA all positions are therefore anchors and all of them
+    contrasts twice, and those that do not count are masked.
 
     Args:
         student, teacher: (B, D, h, w) features before the classifiers.
@@ -92,22 +100,31 @@ def make_pairs(student: Tensor, teacher: Tensor, teacher_logits: Tensor, given: 
         given: (B, h, w) of `given_labels`.
 
     Returns:
-        The pairs, positions in row-major order; None without any annotated position, where the release stops with an error.
+        The pairs, positions in row-major order; None, or none that counts, without any annotated position, where the release stops with
+        an error.
     """
     annotated = given > 0
-    if not bool(annotated.any()):
+    masked = asynchronous(given.device)
+    if not masked and not bool(annotated.any()):
         return None
     student, teacher, teacher_logits = (
         at_least_float32(maps).movedim(1, -1) for maps in (student, teacher, teacher_logits)
     )  # (B, h, w, …)
     labels = torch.where(annotated, given, teacher_logits.argmax(-1))
+    if masked:
+        labels = torch.where(annotated.any(), labels, 0)
     kept = labels > 0
     twins = kept & ~annotated
-    anchors = F.normalize(student[kept], dim=1)
-    contrasts = torch.cat([anchors.detach(), F.normalize(teacher[twins], dim=1)])
-    probabilities = torch.cat([teacher_logits[kept], teacher_logits[twins]]).softmax(1)
-    first_new = int(given[annotated].min())
-    return Pairs(anchors, contrasts, torch.cat([labels[kept], labels[twins]]), probabilities, first_new)
+
+    def rows(maps: Tensor, chosen: Tensor) -> Tensor:
+        return maps.flatten(0, 2) if masked else maps[chosen]
+
+    anchors = F.normalize(rows(student, kept), dim=1)
+    contrasts = torch.cat([anchors.detach(), F.normalize(rows(teacher, twins), dim=1)])
+    probabilities = torch.cat([rows(teacher_logits, kept), rows(teacher_logits, twins)]).softmax(1)
+    first_new = torch.where(annotated, given, IGNORE).amin()
+    joined = torch.cat([rows(labels, kept), rows(torch.where(twins, labels, 0), twins)])
+    return Pairs(anchors, contrasts, joined, probabilities, first_new, masked)
 
 
 def joint_probability(pairs: Pairs, rows: slice) -> Tensor:
@@ -192,11 +209,17 @@ def _block(similarities: Tensor, pairs: Pairs, rows: slice, mended: bool) -> tup
         (b,), (b,) bool, (b, m).
     """
     same = pairs.labels[rows, None] == pairs.labels  # (b, m)
-    negatives = similarities.masked_fill(same, -torch.inf)
+    if pairs.masked:
+        absent = pairs.labels == 0
+        similarities.masked_fill_(absent, _ABSENT)
+        negatives = similarities.masked_fill(same | absent, -torch.inf)
+        same &= ~absent  # then an anchor that does not count has no positive
+    else:
+        negatives = similarities.masked_fill(same, -torch.inf)
     logarithm = negatives.logsumexp(1, keepdim=True)  # ln Σ exp(s_ik), −inf without a negative
     some = logarithm > -torch.inf
     share = (negatives - torch.where(some, logarithm, 0.0)).exp_()  # the negatives' softmax; 0 for the others
-    same[torch.arange(len(same)), torch.arange(rows.start, rows.stop)] = False  # an anchor and itself
+    same[:, rows.start : rows.stop].fill_diagonal_(False)  # an anchor and itself
     number = same.sum(1, keepdim=True)
     largest = similarities.amax(1, keepdim=True)
     shifted = similarities.sub_(largest)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.runtime.amp import at_least_float32
+from utils.runtime.gate import asynchronous
 from utils.types import IGNORE
 
 #: Added to the denominators of the sparsity; the value of the release.
@@ -40,6 +41,20 @@ def at_size(labels: Tensor, size: torch.Size | Sequence[int]) -> Tensor:
         torch.arange(small, device=labels.device) * large // small for small, large in zip(size, labels.shape[-2:])
     )
     return labels[..., rows[:, None], columns]
+
+
+def label_counts(labels: Tensor) -> Tensor:
+    """How often each label occurs, `IGNORE` included: (256,) int64."""
+    if not asynchronous(labels.device):
+        return torch.bincount(labels.flatten(), minlength=IGNORE + 1)
+    # bincount reads the greatest label to know its size
+    counts = torch.zeros(IGNORE + 1, dtype=torch.int64, device=labels.device)
+    return counts.index_add_(0, labels.flatten(), torch.ones_like(labels).flatten())
+
+
+def worth_a_visit(counts: Tensor) -> Sequence[int]:
+    """Rows of a vector of counts that a loop visits: those above 0; on CUDA all, because the host would have to read which these are."""
+    return range(len(counts)) if asynchronous(counts.device) else counts.nonzero().flatten().tolist()
 
 
 def classes_present(labels: Tensor) -> list[int]:

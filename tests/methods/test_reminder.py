@@ -51,7 +51,7 @@ def test_similarity_weights_by_hand():
     assert class_similarity.similarity_weights(means[:1], prototypes, 1).tolist() == [[pytest.approx(one), 0, 0]]
 
 
-def test_distillation_by_hand():
+def test_distillation_by_hand(counted):
     """One new pixel of class 2, two old classes: τ = 1, teacher (ln 3, 0), student (0, 0, 9)."""
     teacher = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1).expand(1, 2, 1, 3)
     student = torch.tensor([0.0, 0.0, 9.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 3).requires_grad_()
@@ -68,7 +68,7 @@ def test_distillation_by_hand():
 
 
 @pytest.mark.parametrize("size", [(7, 9), (12, 12), (3, 4)])
-def test_sums_are_those_of_the_enlarged_features(size):
+def test_sums_are_those_of_the_enlarged_features(counted, size):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 5, (2, *size), generator=generator)
@@ -132,7 +132,7 @@ def test_no_gradient_reaches_the_features_through_the_prototypes():
 
 
 @pytest.mark.parametrize("values", [(0, 1), (255,), (4, 5)])
-def test_finite_without_new_pixels_and_without_old_ones(values):
+def test_finite_without_new_pixels_and_without_old_ones(counted, values):
     step = a_step()
     images, labels = thin.images(2), thin.bands(*values)
     terms = step.terms(images, labels)

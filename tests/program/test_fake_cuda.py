@@ -35,8 +35,6 @@ LEVELS = (
 #: What the host reads from the device in the passes of an iteration, by method: shapes that depend on the labels.
 READS = {
     "SDR": {"bincount", "nonzero", "masked_select", "_local_scalar_dense"},
-    "UCD": {"nonzero", "_local_scalar_dense"},
-    "REMINDER": {"bincount", "nonzero", "_local_scalar_dense"},
 }
 
 
