@@ -277,7 +277,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="runs/benchmark", help="folder of the growth figure")
     add("--json", action="store_true", help="a last line of JSON")
     add("--child", default=None, choices=CHILDREN, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments, options = parser.parse_known_args(argv)
+    arguments.options = options  # of run.py, which checks them
     for name in ("crop_size", "batch_size", "old_classes", "new_classes", "repeats", "samples", "masks"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)} must be at least 1")

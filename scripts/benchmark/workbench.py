@@ -149,7 +149,7 @@ def options(arguments: Namespace, fast: bool = True) -> Namespace:
     if fast:
         words += ["--opt_level", "O1", "--amp_dtype", arguments.amp_dtype] if arguments.amp_dtype else []
         words += [flag for flag in ("--channels_last", "--compile") if getattr(arguments, flag[2:])]
-    opts = argparser.parse(words)
+    opts = argparser.parse([*words, *arguments.options])
     argparser.check(opts)
     return opts
 

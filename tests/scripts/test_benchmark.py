@@ -15,6 +15,7 @@ from scripts.benchmark.workbench import (
     Clock,
     Workbench,
     choose_device,
+    options,
     plain_logits,
     ratios,
     synthetic_batch,
@@ -53,6 +54,14 @@ def test_batch_shows_old_new_and_ignored_pixels():
     for label in labels:
         shown = set(label.unique().tolist())
         assert {0, IGNORE} < shown and shown - {0, IGNORE} <= {16, 17, 18}
+
+
+def test_options_of_run_py_reach_the_measured_training(capsys):
+    opts = options(small("--method", "LSKD", "--rge_interval", "8", "--lr", "0.02"))
+    assert (opts.rge_interval, opts.lr) == (8, [0.02])
+    with pytest.raises(SystemExit):
+        options(small("--rge_interval", "0.5"))
+    assert "--rge_interval" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("method", "passes"), [("LSKD", 3), ("PLOP", 1), ("MiB", 1), ("FT", 0)])
