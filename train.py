@@ -243,7 +243,7 @@ class Trainer(Evaluator):
     def _train_gated(self, images: Tensor, labels: Tensor) -> None:
         """An iteration whose losses the host reads before the next one, see `utils.runtime.gate`."""
         parts = self.method.parts
-        kept = gate.Kept([self.scheduler, self.balancer, *(item for part in parts for item in part.assigned())])
+        kept = gate.Kept([self.scheduler, self.balancer, *(item for part in parts for item in part.assigned)])
         buffers = gate.KeptBuffers(self.network)
         passed = self._forward(images, labels, self.precision.scale_on_device())
         accepted = gate.acceptable(passed.message, self.divergence.limit)
@@ -338,9 +338,14 @@ class Trainer(Evaluator):
         if self.iteration % self.opts.print_interval == 0 or self.iteration == 1:
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             scalars = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in values.items()}
-            scalars |= {f"balance/{name}": float(value) for name, value in self.balancer.log_values().items()}
+            scalars |= {f"balance/{name}": value for name, value in self._balance().items()}
             scalars["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
             self.log.scalars(scalars, self.total_iterations)
+
+    def _balance(self) -> dict[str, float]:
+        """Values of the balancer to log, read from the device at once."""
+        values = self.balancer.log_values()
+        return dict(zip(values, torch.stack(list(values.values())).tolist())) if values else {}
 
     @property
     def total_iterations(self) -> int:
@@ -348,7 +353,7 @@ class Trainer(Evaluator):
         return self.scheduler.last_epoch + sum(run.iterations_done for run in self.phase_runs)
 
     def _end_epoch(self) -> dict[str, float]:
-        balance = {name: float(value) for name, value in self.balancer.log_values().items()}
+        balance = self._balance()
         self.balancer.end_epoch()
         self.method.end_epoch(self.network, self.epoch)
         means = self.meters.means()

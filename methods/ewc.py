@@ -91,6 +91,7 @@ class WeightPenalty(Part):
         """{"regularizer": scalar}; empty if no earlier step measured an importance."""
         return {"regularizer": self.regularizer.penalty(model)} if self.regularizer.weights else {}
 
+    @property
     def assigned(self) -> Iterable[Any]:
         """The measurement counts iterations."""
         return (self, self.regularizer)

@@ -79,6 +79,7 @@ class GatedHooks:
         defined = mine.after_backward is not base.after_backward or mine.after_step is not base.after_step
         return self.gated or not defined
 
+    @property
     def assigned(self) -> Iterable[Any]:
         """Objects whose attributes are restored if an iteration does not count: those to which hooks assign new values."""
         return (self,)

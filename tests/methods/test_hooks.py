@@ -5,12 +5,18 @@ import torch
 
 import methods
 import run
+from methods.part_types import GatedHooks
 from tests.examples.every_hook import EveryHook, UsesEveryHook
 from tests.support import interrupted, thin
 from utils.checkpointing import checkpoint_files
 
 TEXT = "--method EveryHook --task 6-2 --epochs 2 --num_workers 0"
-HOOKS = [name for name in vars(methods.Part) if not name.startswith("_") and callable(getattr(methods.Part, name))]
+HOOKS = [
+    name
+    for kind in (methods.Part, GatedHooks)
+    for name in vars(kind)
+    if not name.startswith("_") and callable(getattr(kind, name))
+]
 
 
 @pytest.fixture(autouse=True)

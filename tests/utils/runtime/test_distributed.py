@@ -23,7 +23,7 @@ from dataset.sampler import EpochSampler, PartSampler
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
 from utils.errors import UserError
-from utils.runtime import distributed, errors
+from utils.runtime import distributed, errors, gate
 
 #: An odd number of validation images, and a norm whose statistics are those of all processes.
 COMMON = "--task 6-2 --norm_act iabn_sync --shapes_train 16 --shapes_val 5 "
@@ -45,6 +45,7 @@ SCENARIOS = {
     "norms": (FIRST + " --norm_act iabn --fix_bn --num_workers 1", None),
     "nan": (FIRST, "nan"),
     "skipped": (FIRST + " --skip_nonfinite 1", "nan"),
+    "gated": (FIRST + " --skip_nonfinite 1", "nan"),  # as "skipped", the losses read as on CUDA
     "unreadable": (FIRST, "unreadable"),  # the last: process 1 ends by it
 }
 
@@ -72,6 +73,8 @@ def process(rank, ports, folder):
             contextlib.redirect_stderr(err),
         ):
             record(patch, notes)
+            if name == "gated":
+                patch.setattr(gate, "ASYNCHRONOUS", ("cuda", "cpu"))
             if fault is not None and rank == 1:
                 cause(patch, fault)
             try:
@@ -274,6 +277,9 @@ def test_a_non_finite_loss_of_one_is_one_of_all(ended):
     assert first.count("shapes/train/") == 4  # the batches of both processes
     assert checkpoint_files.load(ended[1] / "nan" / "checkpoints" / "6-2-shapes_n_0.nonfinite.pth")["state"]["model"]
     assert codes(ended, "skipped") == [0, 0]
+    assert codes(ended, "gated") == [0, 0]
+    assert [notes["digest"] for notes in ended[0]["gated"]] == [notes["digest"] for notes in ended[0]["skipped"]]
+    assert [values for notes in ended[0]["gated"] for values in notes["iterations"]].count(None) > 0
 
 
 def test_norms_can_be_fixed(ended):
