@@ -147,7 +147,8 @@ class LatentPrototypes(Part):
             value = latent_space.attraction(features, labels, prototypes, without, exact, mends(opts, "mean"))
             named["attraction"] = opts.loss_fc * value
         if opts.lfc_sep_clust > 0:
-            named["repulsion"] = opts.lfc_sep_clust * latent_space.repulsion(features, labels, without, exact)
+            value = latent_space.repulsion(features, labels, without, exact, self.task.num_total)
+            named["repulsion"] = opts.lfc_sep_clust * value
         if opts.loss_de_prototypes > 0:
             old = latent_space.old_labels(labels, batch.teacher.logits, opts.no_mask)
             sum_after = opts.loss_de_prototypes_sumafter

@@ -9,7 +9,7 @@ from tests.support.paths import ROOT
 LAYERS = """
 utils.errors utils.types utils.random_streams metrics
 utils.runtime
-utils.alife utils.class_similarity utils.contrastive utils.latent_space \
+utils.alife utils.class_similarity utils.contrastive utils.latent_masked utils.latent_space \
 utils.loss utils.distillation utils.masks utils.pseudo utils.pod
 utils.balance utils.checkpointing utils.options utils.optimizer utils.scheduler
 utils.reporting

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils import latent_masked
 from utils.runtime.amp import at_least_float32
 from utils.runtime.gate import asynchronous
 from utils.types import IGNORE
@@ -98,6 +99,9 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, exact: bool =
         (C, D) sums and (C,) int64 numbers, 0 for classes that are absent.
     """
     features = at_least_float32(features)
+    if asynchronous(features.device):
+        at = latent_masked.places(features, labels, num_classes, tall=False, exact=exact)
+        return latent_masked.sums(features, at), at.numbers
     counts = torch.bincount(labels.flatten(), minlength=IGNORE + 1)[:num_classes]
     sums = features.new_zeros(num_classes, features.shape[1])
     for label in counts.nonzero().flatten().tolist():
@@ -130,12 +134,7 @@ def updated_prototypes(
     Returns:
         New prototypes and counts; a class that the batch does not have keeps its own.
     """
-    numbers = numbers.clone()
-    present = numbers.nonzero().flatten()
-    if skip == "first":
-        numbers[present[:1]] = 0
-    elif skip == "background":
-        numbers[:1] = 0
+    numbers = torch.where(latent_masked.without(numbers > 0, skip), numbers, 0)
     total = counts + numbers
     means = (sums.to(prototypes) + counts[:, None] * prototypes) / total.clamp(min=1)[:, None]
     return torch.where(numbers[:, None] > 0, means, prototypes), total
@@ -166,6 +165,12 @@ def attraction(
     Reference: SDR, section 3.3; ℓ_k is the mean over all numbers of the class of (feature − prototype)².
     """
     features = at_least_float32(features)
+    if asynchronous(features.device):
+        at = latent_masked.places(features, labels, len(prototypes), tall=False, exact=exact)
+        shown = latent_masked.without(at.numbers > 0, without_background)
+        number, position = shown.sum().clamp(min=1).double(), shown.cumsum(0) - 1
+        weights = torch.where(shown, 1 / number if mean else number ** (position - shown.sum()), 0.0)
+        return latent_masked.weighted_squares(features, at, prototypes, weights)
     present = _kept(classes_present(labels), without_background)
     total = features.new_zeros(())
     for label in present:
@@ -175,11 +180,18 @@ def attraction(
     return total
 
 
-def repulsion(features: Tensor, labels: Tensor, without_background: str | None = None, exact: bool = False) -> Tensor:
+def repulsion(
+    features: Tensor,
+    labels: Tensor,
+    without_background: str | None = None,
+    exact: bool = False,
+    num_classes: int = IGNORE,
+) -> Tensor:
     """Closeness of the mean features of the batch's classes: the mean over pairs of 1 / distance.
 
     Args:
         features, labels, without_background, exact: as in `attraction`.
+        num_classes: above every label but 255.
 
     Returns:
         Scalar, without its factor; 0 with fewer than two classes. Pairs at distance 0 are left out.
@@ -187,15 +199,21 @@ def repulsion(features: Tensor, labels: Tensor, without_background: str | None =
     Reference: SDR, section 3.3.
     """
     features = at_least_float32(features)
-    present = _kept(classes_present(labels), without_background)
-    if len(present) < 2:
-        return features.new_zeros(())
-    means = torch.stack(
-        [rows_of_class(features, labels == label, tall=False, exact=exact).mean(1) for label in present]
-    )  # (K, D)
-    first, second = torch.triu_indices(len(present), len(present), offset=1, device=means.device)
+    shown: Tensor | None = None
+    if asynchronous(features.device):
+        at = latent_masked.places(features, labels, num_classes, tall=False, exact=exact)
+        shown = latent_masked.without(at.numbers > 0, without_background)
+        means = latent_masked.sums(features, at) / at.numbers.clamp(min=1)[:, None]  # (C, D)
+    else:
+        present = _kept(classes_present(labels), without_background)
+        if len(present) < 2:
+            return features.new_zeros(())
+        means = torch.stack(
+            [rows_of_class(features, labels == label, tall=False, exact=exact).mean(1) for label in present]
+        )  # (K, D)
+    first, second = torch.triu_indices(len(means), len(means), offset=1, device=means.device)
     squares = (means[first] - means[second]).square().sum(1)  # (K(K−1)/2): each pair once, the mean is the same
-    apart = squares > 0
+    apart = squares > 0 if shown is None else (squares > 0) & shown[first] & shown[second]
     closeness = torch.where(apart, squares, 1.0).rsqrt() * apart
     return closeness.sum() / apart.sum().clamp(min=1)
 
@@ -242,6 +260,14 @@ def prototype_matching(
     Reference: SDR, section 3.2.
     """
     features = at_least_float32(features)
+    if asynchronous(features.device):
+        at = latent_masked.places(features, labels, len(prototypes), tall=True, exact=exact)
+        shown = latent_masked.without(at.numbers > 0, "background")
+        if not sum_after:
+            return latent_masked.weighted_squares(features, at, prototypes, shown.double())
+        means = latent_masked.sums(features, at) / at.numbers.clamp(min=1)[:, None]  # (C, D)
+        distances = (means - prototypes.to(means)).square().mean(1)
+        return torch.where(shown, distances, 0.0).sum() / shown.sum().clamp(min=1)
     present = [label for label in classes_present(labels) if label]
     total = features.new_zeros(())
     for label in present:
@@ -280,6 +306,8 @@ def sparsity(
     assert normalisation in NORMALISATIONS and shrinking in SHRINKINGS, (normalisation, shrinking)
     features = at_least_float32(features)
     kept = (labels != IGNORE) if ignore else torch.ones_like(labels, dtype=torch.bool)
+    if asynchronous(features.device):
+        return _sparsity_masked(features, labels, kept, normalisation, shrinking)
     if normalisation == "max_foreachfeature":
         largest = features.amax(1, keepdim=True)  # (B, 1, h, w)
     else:
@@ -299,3 +327,22 @@ def sparsity(
         return features.new_zeros(())
     shrunk = normalised.exp() if shrinking == "exponential" else normalised.square()
     return (shrunk.sum(1)[kept] / (sums + DAMPING)).mean()
+
+
+def _sparsity_masked(features: Tensor, labels: Tensor, kept: Tensor, normalisation: str, shrinking: str) -> Tensor:
+    """`sparsity` without a number that the host has to read."""
+    some = torch.ones_like(kept).any()
+    if normalisation == "max_foreachfeature":
+        largest = features.amax(1)
+    else:
+        largest = latent_masked.largest_of_label(features.amax(1), labels, IGNORE + 1)
+        some = ((labels != 0) & kept).any()
+    normalised = features / (largest + DAMPING)[:, None]
+    sums = torch.where(kept, normalised.sum(1), 0.0)  # (B, h, w)
+    counts = some & (sums.sum() > 0)
+    # Where the value does not count, that of other numbers is computed: the gradient of 0 times infinity is not finite
+    usable = (counts & kept)[:, None]
+    safe = torch.where(usable, normalised, 1.0)
+    shrunk = safe.exp() if shrinking == "exponential" else safe.square()
+    ratios = shrunk.sum(1) / (safe.sum(1) + DAMPING)
+    return torch.where(usable[:, 0], ratios, 0.0).sum() / kept.sum().clamp(min=1)

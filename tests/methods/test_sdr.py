@@ -11,6 +11,7 @@ from tests.support import interrupted, thin
 from utils import latent_space
 from utils.checkpointing.store import read
 from utils.errors import UserError
+from utils.runtime import gate
 
 TEXT = "--method SDR --task 6-2"
 OFFICIAL_STEP0 = "--method FT --unce --loss_de_prototypes 1 --task 6-2"
@@ -59,7 +60,7 @@ def test_a_class_is_given_its_shape_without_a_transpose_unless_mended():
     assert latent_space.rows_of_class(FEATURES[:1], chosen[:1], False).tolist() == [[1, 2], [3, 4]]
 
 
-def test_running_means_by_hand():
+def test_running_means_by_hand(counted):
     sums, numbers = latent_space.class_sums(FEATURES, LABELS, 5, exact=True)
     assert sums.tolist() == [[0, 0], [8, 13], [0, 0], [7, 8], [0, 0]] and numbers.tolist() == [0, 3, 0, 1, 0]
     known = torch.tensor([[9.0, 9.0], [2.0, 1.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
@@ -76,7 +77,7 @@ def test_running_means_by_hand():
 
 @pytest.mark.parametrize("label", [0, 255])
 @pytest.mark.parametrize("skip", [None, "first", "background"])
-def test_a_batch_without_a_class_changes_nothing(label, skip):
+def test_a_batch_without_a_class_changes_nothing(label, skip, counted):
     known, counts = torch.ones(3, 2), torch.tensor([0, 1, 2])
     sums, numbers = latent_space.class_sums(FEATURES, torch.full((2, 1, 2), label), 3)
     prototypes, total = latent_space.updated_prototypes(known, counts, sums, numbers, skip)
@@ -89,7 +90,7 @@ def test_when_the_background_is_left_out():
     assert [latent_space.leaves_background_out(*case) for case in cases] == [False, True, True, False, True]
 
 
-def test_attraction_by_hand():
+def test_attraction_by_hand(counted):
     """Class 1 at distance 2 in every number, class 3 at distance 1."""
     prototypes = torch.zeros(4, 2)
     prototypes[3] = torch.tensor([6.0, 7.0])
@@ -103,7 +104,7 @@ def test_attraction_by_hand():
     assert features.grad[1, :, 0, 1].tolist() == [0.5, 0.5]  # (1/2) · 2 (x − P) / 2
 
 
-def test_repulsion_by_hand():
+def test_repulsion_by_hand(counted):
     """Means (0, 0), (3, 4) and (0, 0): two pairs at distance 5, and one at 0, which is left out."""
     features = torch.tensor([[0.0, 3.0, 0.0], [0.0, 4.0, 0.0]]).view(1, 2, 1, 3).requires_grad_()
     labels = torch.tensor([[[0, 1, 2]]])
@@ -117,7 +118,7 @@ def test_repulsion_by_hand():
     assert latent_space.repulsion(features, torch.ones_like(labels)).item() == 0
 
 
-def test_matching_by_hand():
+def test_matching_by_hand(counted):
     prototypes = torch.zeros(3, 2)
     labels = torch.tensor([[[0, 1]], [[2, 1]]])  # class 1 at (2, 4) and (7, 8), class 2 at (5, 6)
     mean, each = (latent_space.prototype_matching(FEATURES, labels, prototypes, s, exact=True) for s in (True, False))
@@ -137,7 +138,7 @@ def test_old_labels_by_hand():
     assert latent_space.old_labels(labels, logits, sequential=True).tolist() == [[[0, 2], [0, 0]]]
 
 
-def test_sparsity_by_hand():
+def test_sparsity_by_hand(counted):
     features = torch.tensor([[1.0, 2.0, 5.0], [3.0, 2.0, 5.0]]).view(1, 2, 1, 3).requires_grad_()
     labels = torch.tensor([[[1, 1, 255]]])  # the maximum of class 1 is 3, that of 255 is 5
 
@@ -155,7 +156,7 @@ def test_sparsity_by_hand():
     assert abs(features.grad[0, :, 0, 2].sum()) < 1e-6  # F̄ = 1 there, whatever F is
 
 
-def test_sparsity_is_0_without_a_class_or_without_a_positive_sum():
+def test_sparsity_is_0_without_a_class_or_without_a_positive_sum(counted):
     zeros, background = torch.zeros(2, 1, 2, dtype=torch.int64), FEATURES.clone().requires_grad_()
     assert latent_space.sparsity(background, zeros).item() == 0
     ignored = torch.full_like(zeros, 255)
@@ -164,10 +165,45 @@ def test_sparsity_is_0_without_a_class_or_without_a_positive_sum():
     assert latent_space.sparsity(torch.zeros_like(FEATURES), zeros + 1).item() == 0
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_classes_at_once_are_the_classes_one_by_one(seed, exact, monkeypatch):
+    """Values and gradients; some classes are at many positions, some in one image alone, some nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    given = torch.randn(3, 5, 4, 4, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 9, (3, 4, 4), generator=generator)
+    labels[labels == 7], labels[1][labels[1] == 2], labels[labels == 8] = 0, 1, 255
+    prototypes = torch.randn(8, 5, dtype=torch.float64, generator=generator)
+
+    def every(features):
+        yield from latent_space.class_sums(features, labels, 8, exact)
+        for skip in (None, "first", "background"):
+            yield latent_space.attraction(features, labels, prototypes, skip, exact)
+            yield latent_space.attraction(features, labels, prototypes, skip, exact, mean=True)
+            yield latent_space.repulsion(features, labels, skip, exact, 8)
+        for sum_after in (True, False):
+            yield latent_space.prototype_matching(
+                features, labels.where(labels != 255, 0), prototypes, sum_after, exact
+            )
+        for how in latent_space.NORMALISATIONS:
+            for shrinking in latent_space.SHRINKINGS:
+                yield latent_space.sparsity(features.abs(), labels, how, shrinking)
+
+    found = []
+    for devices in (("cuda",), ("cuda", "cpu")):
+        monkeypatch.setattr(gate, "ASYNCHRONOUS", devices)
+        features = given.clone().requires_grad_()
+        values = list(every(features))
+        weighted = sum((number + 1) * value.sum() for number, value in enumerate(values) if value.requires_grad)
+        found.append([*values, *torch.autograd.grad(weighted, features)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+
+
 # -------------------------------------------------------------------------- the part
 
 
-def test_terms_of_a_batch():
+def test_terms_of_a_batch(counted):
     images, labels = thin.images(2), thin.bands(0, 1, 4, 5, 255)
     step, mib = a_step(), thin.Step("--loss_kd 100 --unce --unkd --task 6-2")
     batch = step.batch(images, labels)
@@ -193,7 +229,7 @@ def test_terms_of_a_batch():
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_each_slip_is_mended_where_it_is_and_nowhere_else(slip):
+def test_each_slip_is_mended_where_it_is_and_nowhere_else(slip, counted):
     # No background: class 1 is left out in its place
     images, labels = thin.images(2, 64), thin.bands(1, 4, 5, 255, size=64)
     found = {}
@@ -215,7 +251,7 @@ def test_each_slip_is_mended_where_it_is_and_nowhere_else(slip):
     )
 
 
-def test_all_slips_at_once_are_the_plain_means():
+def test_all_slips_at_once_are_the_plain_means(counted):
     images, labels = thin.images(2, 64), thin.bands(1, 4, 5, 255, size=64)
     step = a_step("--sdr_mend reshape mean background ignore")
     terms = step.method.terms(step.batch(images, labels))
@@ -237,7 +273,7 @@ def test_all_slips_at_once_are_the_plain_means():
 @pytest.mark.parametrize(
     "method", ["SDR", "LSKD --loss_fc 1 --lfc_sep_clust 1 --loss_de_prototypes 1 --loss_featspars 1"]
 )
-def test_finite_whatever_a_batch_shows(values, method):
+def test_finite_whatever_a_batch_shows(values, method, counted):
     state = {"model_state": {}, "method_state": {"sdr": BEFORE}, "file": "one.pth"}
     step = thin.Step(f"--method {method} --task 6-2", checkpoint=state)
     images, labels = thin.images(2), thin.bands(*values)

@@ -1,5 +1,7 @@
 """The passes of an iteration on tensors of device "cuda", without one: devices, types of the losses, copies, reads by the host."""
 
+import shlex
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from tests.support.fake_cuda import (
     tensors_of,
     unset_fake_temporarily,
 )
+from tests.support.loss_flags import LOSSES
 from utils import class_similarity
 from utils.pod import distance
 from utils.runtime import amp
@@ -32,10 +35,6 @@ LEVELS = (
     ("O1", "float16", torch.contiguous_format),
     ("O1", "bfloat16", torch.channels_last),
 )
-#: What the host reads from the device in the passes of an iteration, by method: shapes that depend on the labels.
-READS = {
-    "SDR": {"bincount", "nonzero", "masked_select", "_local_scalar_dense"},
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,11 +55,15 @@ def machine():
 
 
 class Step:
-    """Step 1 of a method on the device, as a resume leaves it: the state of the method comes from the CPU."""
+    """Step 1 of a method on the device, as a resume leaves it: the state of the method comes from the CPU.
 
-    def __init__(self, method):
+    Args:
+        words: method and options.
+    """
+
+    def __init__(self, words):
         with unset_fake_temporarily(), thin.program():
-            bench = Workbench(parse(f"{SMALL} --method {method}".split()), torch.device("cpu"))
+            bench = Workbench(parse([*SMALL.split(), *shlex.split(words)]), torch.device("cpu"))
             checkpoint = dict(bench.checkpoint)
             if checkpoint:  # EWC, PI and RW keep theirs under the official key
                 checkpoint["trainer_state"] = checkpoint.pop("method_state")
@@ -89,7 +92,7 @@ class Step:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_computes_on_the_device(method):
-    step = Step(method)
+    step = Step(f"--method {method}")
     for level, dtype, layout in LEVELS:
         step.opts.opt_level, step.opts.amp_dtype = level, dtype
         batch, losses, found = step.passes(layout)
@@ -100,7 +103,32 @@ def test_a_method_computes_on_the_device(method):
         assert found.copies == []
         thresholds = [part.thresholds for part in step.method.parts if isinstance(part, PseudoLabels)]
         assert all(tensor.device == DEVICE for tensor in thresholds)  # copied once, not in every iteration
-        assert set(found.reads) <= READS.get(method, set()), found.reads
+        assert not found.reads
+
+
+#: Options that make tensors, beside those of `loss_flags`.
+OPTIONS = (
+    "--method LSKD --rge_interval 8",
+    "--method LSKD --tap_schemes none,none,md,md,mcd,none",
+    "--method LSKD --regularizer rw --entropy_min 1",
+    "--method FT --pseudo median --nb_background_modes 3 --multimodal_fusion softmax",
+    "--method UCD --ucd_mend labels denominator --ucd_freeze later",
+    "--method REMINDER --delta_csw 1",
+    "--method ALIFE --cosine",
+    "--method RCIL --rcil_stem mended --rcil_init mended",
+    "--method PI --reg_no_normalize",
+    "--method MiB+AWT --fix_pre_cls",
+)
+
+
+@pytest.mark.parametrize("words", [*(f"--method FT {LOSSES[flag][0]} {LOSSES[flag][1]}" for flag in LOSSES), *OPTIONS])
+def test_an_option_computes_on_the_device(words):
+    step = Step(words)
+    step.opts.opt_level, step.opts.amp_dtype = "O1", "float16"
+    batch, losses, found = step.passes(torch.contiguous_format)
+    assert {place: tensor.device for place, tensor in tensors_of(batch) if tensor.device != DEVICE} == {}
+    assert {(loss.device, loss.dtype) for loss in losses.values()} == {(DEVICE, torch.float32)}
+    assert not found.reads and not found.copies
 
 
 @pytest.mark.parametrize(
