@@ -130,7 +130,8 @@ def wrap(model: nn.Module, device: torch.device, follow_main: bool) -> Distribut
     """The model with gradients averaged over the processes.
 
     The gradients are views of the buffers that are sent, not copies, which saves the memory of one set of gradients. Every
-    trained parameter takes part in every forward pass, so DDP does not search for unused ones.
+    trained parameter takes part in every forward pass, so DDP does not search for unused ones. docs/reliability.md says why the
+    graph is not declared static, and what happens in the partial backward passes of RGE.
 
     Args:
         model: on its device.
