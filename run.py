@@ -119,7 +119,7 @@ def run(opts: Namespace) -> None:
     faults: list[str] = []
     with StopRequest() as stop:
         for step in opts.step:
-            stop.raise_together()
+            stop.raise_on_all()
             seed_everything(opts.random_seed)
             task = dataset.load_task(opts, step)
             step_opts = argparser.options_of_step(opts, task)
@@ -296,7 +296,7 @@ class StepRun:
             if unfinished is None and self.opts.ckpt is None:
                 batches = Interruptible(data.batches, self.stop)
                 method.init_classifier(prepared.model, prepared.teacher, batches, self.device)
-                self.stop.raise_together()
+                self.stop.raise_on_all()
             context = Context(self.device, self.log, self.stop, data.files_of_batch, self.opts.ckpt_minutes)
             trainer = Trainer(
                 self.opts, self.task, method, prepared.model, prepared.teacher, context, len(data.batches)
@@ -342,7 +342,7 @@ class StepRun:
         distributed.on_main(lambda: self._prepare_outputs(trainer, fresh=unfinished is None))
         if unfinished is None:
             trainer.method.begin_step(Interruptible(data.batches, self.stop), trainer.teacher, self.device)
-            self.stop.raise_together()
+            self.stop.raise_on_all()
         try:
             if self.opts.trial_batch:
                 with memory.trial(self.opts.batch_size, self.opts.crop_size):

@@ -161,7 +161,7 @@ class PhaseRun:
             if not self.begun:
                 batches.set_position(0, purpose=f"{phase.name} statistics")
                 phase.begin(Interruptible(batches, self.context.stop))
-                self.context.stop.raise_together()
+                self.context.stop.raise_on_all()
                 self.begun = True
             if self.optimizer is None and self.epoch < phase.epochs:
                 self.optimizer = phase.make_optimizer()

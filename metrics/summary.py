@@ -98,11 +98,11 @@ def missing_steps(steps: Iterable[int], last: int | None = None) -> list[int]:
 
     Args:
         steps: those that have scores.
-        last: number of the last step; None: the highest of `steps`.
+        last: number of the last step; None: the largest of `steps`.
     """
     present = set(steps)
-    highest = max(present, default=-1) if last is None else last
-    return [step for step in range(highest + 1) if step not in present]
+    end = max(present, default=-1) if last is None else last
+    return [step for step in range(end + 1) if step not in present]
 
 
 def require_complete(steps: Iterable[int], source: object) -> None:

@@ -72,8 +72,8 @@ def _nesting(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     """The matrix Q (f, f) of the module's docstring."""
     finest = max(scales)
     cell = torch.arange(finest)
-    together = [scale**2 * (cell[:, None] * scale // finest == cell * scale // finest) for scale in scales]
-    return torch.stack(together).sum(0).to(device, dtype)
+    nested = [scale**2 * (cell[:, None] * scale // finest == cell * scale // finest) for scale in scales]
+    return torch.stack(nested).sum(0).to(device, dtype)
 
 
 @lru_cache(maxsize=64)

@@ -57,7 +57,7 @@ class Logger:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import SessionLog
         except ImportError:
-            self._say_that_there_is_no_tensorboard()
+            self._note_missing_tensorboard()
             return
 
         kept: dict[str, float] = {}
@@ -77,7 +77,7 @@ class Logger:
             self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
             self.scalars(kept, first_iteration)
 
-    def _say_that_there_is_no_tensorboard(self) -> None:
+    def _note_missing_tensorboard(self) -> None:
         """Print the note once in a program, whatever the number of its steps."""
         if not Logger.missing_said:
             Logger.missing_said = True

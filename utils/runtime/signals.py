@@ -49,7 +49,7 @@ class StopRequest:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def raise_together(self) -> None:
+    def raise_on_all(self) -> None:
         """Stop all processes if any of them got a stop request; all processes must call this. No state is saved.
 
         Raises:
