@@ -74,9 +74,16 @@ class Layout:
 
 
 def read_lines(path: Path, hint: str) -> list[str]:
-    """The non-empty lines of a text file, stripped; UserError if there is no such file, or no text in it.
+    """Read the non-empty lines of a text file, without spaces around them.
 
     A byte order mark at the start, which some editors on Windows write, is removed.
+
+    Args:
+        path: of the file.
+        hint: end of the message if there is no such file.
+
+    Raises:
+        UserError: there is no such file, or it is not text in UTF-8, or it is empty.
     """
     if path.exists() and not path.is_file():  # reading a pipe might never end
         raise UserError(f"{path} is not a file: {hint}")
@@ -149,7 +156,19 @@ def inside(folder: Path, name: str, place: str) -> str:
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...], hint: str) -> list[str]:
-    """Sorted names of the files with one of the suffixes; UserError if there are none."""
+    """List the files of a folder.
+
+    Args:
+        folder: searched without the folders in it.
+        suffixes: of the files.
+        hint: end of the messages.
+
+    Returns:
+        Sorted names.
+
+    Raises:
+        UserError: there is no such folder, or no such file in it.
+    """
     endings = tuple(suffix.lower() for suffix in suffixes)
     try:
         names = sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))

@@ -70,6 +70,7 @@ class Stage(nn.Sequential):
     """The blocks of one residual stage; returns the activated output and the attention, the same before activation."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, in_channels, H, W) -> the activated output (B, channels, h, w), and the same before the activation."""
         for block in self:
             attention = block(x)
             # The activation may overwrite the sum of an inner block, which nothing else reads; distillation reads that of the last block.

@@ -41,6 +41,7 @@ class Stem(nn.Sequential):
     pool1: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 64, H/4, W/4)."""
         x = self.conv1(x)
         if x.device.type != "cpu" or not x.is_contiguous():
             return self.pool1(self.bn1(x))

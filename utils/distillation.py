@@ -15,7 +15,12 @@ from utils.types import IGNORE
 
 
 def reduce(loss: Tensor, reduction: str = "mean") -> Tensor:
-    """Reduce a loss: `none` returns it, `mean` its mean, `sum` its sum."""
+    """Reduce a loss.
+
+    Args:
+        loss: of any shape.
+        reduction: `none` returns the loss, `mean` its mean, `sum` its sum.
+    """
     if reduction == "none":
         return loss
     assert reduction in ("mean", "sum"), reduction
@@ -236,7 +241,15 @@ def icarl_combined(student_logits: Tensor, teacher_logits: Tensor, reduction: st
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels as zeros and ones in the shape and dtype of (B, C, H, W) logits; `IGNORE` pixels are all zeros."""
+    """Labels as zeros and ones.
+
+    Args:
+        labels: (B, H, W), 0..C−1 or `IGNORE`.
+        logits: (B, C, H, W), gives shape and type.
+
+    Returns:
+        (B, C, H, W), 0 in all channels of `IGNORE` pixels.
+    """
     target = torch.zeros_like(logits)
     valid = (labels != IGNORE)[:, None]
     index = labels.masked_fill(labels == IGNORE, 0).long()[:, None]
@@ -253,6 +266,9 @@ def distillation_mask(labels: Tensor, num_old: int, where: str | None) -> Tensor
 
     Returns:
         (B, H, W) bool, or None for all pixels.
+
+    Raises:
+        ValueError: another `where`.
     """
     if where is None:
         return None
@@ -286,6 +302,9 @@ def soften(logits: Tensor, labels: Tensor, num_old: int, temperature: float, app
 
     Returns:
         (B, c, H, W).
+
+    Raises:
+        ValueError: another `apply`.
     """
     if apply is None or temperature == 1.0:
         return logits

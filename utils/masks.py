@@ -28,12 +28,20 @@ CHANNEL_RULES = ("released", "mended")
 
 
 def old_pixels(labels: Tensor, num_old: int) -> Tensor:
-    """(B, H, W) bool: pixels of an old class, background included."""
+    """Pixels of an old class, background included.
+
+    Args:
+        labels: (B, H, W) after pseudo-labelling.
+        num_old: number of old classes, background included.
+
+    Returns:
+        (B, H, W) bool.
+    """
     return labels < num_old
 
 
 def new_pixels(labels: Tensor, num_old: int) -> Tensor:
-    """(B, H, W) bool: pixels of a class this step adds."""
+    """Pixels of a class that this step adds; arguments and result as in `old_pixels`, `IGNORE` is no class."""
     return (labels >= num_old) & (labels != IGNORE)
 
 
@@ -187,6 +195,12 @@ def channel_mask(
 
 def label_mask(labels: Tensor, num_old: int, size: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
     """`gt`: the new pixels of the label map, bilinearly resized to a tap; between 0 and 1 at the border of new pixels.
+
+    Args:
+        labels: (B, H, W) after pseudo-labelling.
+        num_old: number of old classes, background included.
+        size: h, w of the tap.
+        dtype: of the result.
 
     Returns:
         (B, 1, h, w) in [0, 1].

@@ -166,6 +166,10 @@ def discard(path: str | os.PathLike) -> None:
 def keep(path: Path, kept: Path) -> Path | None:
     """Give a checkpoint a second name, under which it is kept when it is replaced. A file that had this name is deleted.
 
+    Args:
+        path: of the checkpoint.
+        kept: the second name, in the same folder.
+
     Returns:
         The second name; None if there is no checkpoint.
 
@@ -332,10 +336,10 @@ def require_space(folder: str | os.PathLike, needed: int) -> None:
 
 
 def with_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Add the prefix "module." to parameter names, as in official files."""
+    """Add the prefix "module." to the names of a state dict, as in official files."""
     return {PREFIX + name: value for name, value in state.items()}
 
 
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix "module." from parameter names that have it."""
+    """Remove the prefix "module." from the names of a state dict that have it."""
     return {name.removeprefix(PREFIX): value for name, value in state.items()}

@@ -17,12 +17,17 @@ OFFICIAL_TERMS = ("ce", "mcd", "kd", "pod/stage1", "pod/stage2", "md/stage3", "m
 
 
 def stacked(weights: Mapping[str, Tensor]) -> Tensor:
-    """(n,) λ as a checkpoint stores it."""
+    """Stack λ by term (0-d tensors) to the (n,) tensor that a checkpoint stores."""
     return torch.stack([weight.detach().cpu().float() for weight in weights.values()])
 
 
 def with_loss_weights(model_state: dict[str, Tensor], loss_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the network with λ, if there is one, at its official position: before the other weights of the head."""
+    """Add λ to the weights of the network at its official position, before the other weights of the head.
+
+    Args:
+        model_state: weights by name.
+        loss_weights: λ by term; empty: nothing is added.
+    """
     if not loss_weights:
         return model_state
     name, ordered = checkpoint_files.PREFIX + checkpoint_files.LOSS_WEIGHTS, {}

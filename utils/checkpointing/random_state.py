@@ -10,14 +10,22 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch."""
+    """Seed the global generators of Python, numpy and torch.
+
+    Args:
+        seed: `--random_seed`.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of all random generators of this process, as tensors and plain values."""
+    """State of all global random generators of this process, as tensors and plain values.
+
+    Args:
+        device: of the process; on CUDA the state of its generator is included.
+    """
     version, words, gauss = random.getstate()
     kind, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     state = {

@@ -32,7 +32,15 @@ PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def cell_size(features: Tensor, scale: int) -> tuple[int, int]:
-    """Height and width of a cell of the scale×scale grid; rows and columns at the end that fill no cell are unused."""
+    """Size of a cell of the scale×scale grid.
+
+    Args:
+        features: (B, c, h, w).
+        scale: side of the grid.
+
+    Returns:
+        Height kh and width kw; rows and columns at the end that fill no cell are unused.
+    """
     return features.shape[-2] // scale, features.shape[-1] // scale
 
 
