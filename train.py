@@ -55,7 +55,7 @@ class Trainer(Evaluator):
 
     Attributes:
         epoch, iteration: position of the next iteration of the main training; `iteration` counts within the epoch.
-        history: an entry an epoch, of phases too.
+        history: an entry for each epoch, also of phases.
         save_agreed: whether it is time to save the state.
         unsettled: the last iteration, where the host has not read its losses yet (`utils.runtime.gate`).
     """
@@ -158,7 +158,7 @@ class Trainer(Evaluator):
         return self._end_epoch()
 
     def _finish(self, values: dict[str, float] | None, bar: tqdm, save: Callable[[], None]) -> None:
-        """What follows an iteration once the host knows its losses: report, save, stop."""
+        """Report the losses of an iteration, and save or stop if any process asks for it."""
         if values is None:
             return
         if values:
@@ -176,13 +176,13 @@ class Trainer(Evaluator):
             batches: the first one is taken.
 
         Raises:
-            RuntimeError, MemoryError: it does not; `utils.runtime.memory.trial` turns this into a UserError.
+            RuntimeError, MemoryError: the memory is too small; `utils.runtime.memory.trial` turns this into a UserError.
         """
         state = copy_to_cpu(self.state_dict())  # before the loader draws from a random generator
         buffers = gate.KeptBuffers(self.network)  # some are in no state dict
         allocate_momenta(self.optimizer)  # the second backward pass has to fit beside them
         self.model.train()
-        with contextlib.suppress(NonFiniteLoss):  # the training itself will say so
+        with contextlib.suppress(NonFiniteLoss):  # the training will report it
             self._train_checked(*next(iter(batches)))
         self.optimizer.zero_grad(set_to_none=True)
         self.divergence, self.stop_agreed, self.save_agreed = DivergenceWatch(), 0, False
@@ -200,7 +200,7 @@ class Trainer(Evaluator):
             Every loss term and the total, averaged over processes; empty if the iteration was skipped as non-finite; None if the losses
             are still on the device, `settle` then returns them.
         """
-        assert self.unsettled is None, "settle comes before"
+        assert self.unsettled is None, "`settle` is called before"
         gated = self.precision.gates and self.method.gated and self.divergence.calm
         if gated and gate.asynchronous(self.device):
             self._train_gated(images, labels)
@@ -208,7 +208,7 @@ class Trainer(Evaluator):
         return self._train_checked(images, labels)
 
     def _forward(self, images: Tensor, labels: Tensor, scale: Tensor | float) -> gate.ForwardPass:
-        """All that comes before the backward pass."""
+        """The part of an iteration before the backward pass."""
         images = images.to(self.device, self.dtype, non_blocking=True, memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True).long()
         self.optimizer.zero_grad(set_to_none=True)
@@ -228,7 +228,7 @@ class Trainer(Evaluator):
         buffers = gate.KeptBuffers(self.network)
         passed = self._forward(images, labels, self.precision.gradient_scale)
         *losses, stop, save = passed.message.tolist()
-        self._hear(gate.Requests(stop > 0, save > 0))
+        self._record_requests(gate.Requests(stop > 0, save > 0))
         values = dict(zip(passed.names, losses))
         if not all(math.isfinite(value) for value in losses):
             buffers.restore()
@@ -237,7 +237,7 @@ class Trainer(Evaluator):
             return {}
         if self.divergence.begins(values):
             self._warn_of_divergence(values, buffers)
-        self._move(passed)
+        self._update(passed)
         return values
 
     def _train_gated(self, images: Tensor, labels: Tensor) -> None:
@@ -250,7 +250,7 @@ class Trainer(Evaluator):
         self.unsettled = gate.Outcome(passed.names, passed.message, accepted, (images, labels), kept)
         for part in parts:
             part.accepted = accepted
-        self._move(passed, accepted)
+        self._update(passed, accepted)
         for part in parts:
             part.accepted = None
         buffers.restore(accepted)
@@ -266,10 +266,10 @@ class Trainer(Evaluator):
             return None
         accepted, values, requests = outcome.read()
         if accepted:
-            self._hear(requests)
+            self._record_requests(requests)
             self.divergence.begins(values)
             return values
-        # Nothing has moved. The repetition warns, skips the batch or ends the training
+        # Nothing was updated. The repetition warns, skips the batch or ends the training
         outcome.kept.restore()
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
             group["lr"] = rate
@@ -278,7 +278,7 @@ class Trainer(Evaluator):
         self.iteration += 1
         return values
 
-    def _move(self, passed: gate.ForwardPass, accepted: Tensor | None = None) -> None:
+    def _update(self, passed: gate.ForwardPass, accepted: Tensor | None = None) -> None:
         """Backward pass and step of the optimiser."""
         gated = {} if accepted is None else {"accepted": accepted}
         self.precision.backward(passed.loss, self.optimizer, **gated)
@@ -288,8 +288,8 @@ class Trainer(Evaluator):
         self.method.after_step(self.network, passed.batch)
         self.scheduler.step()
 
-    def _hear(self, requests: gate.Requests) -> None:
-        """What all processes do about a request of any of them."""
+    def _record_requests(self, requests: gate.Requests) -> None:
+        """Record, on all processes, the requests that any of them has."""
         self.stop_agreed = distributed.max_over_ranks(self.context.stop.signum) if requests.stop else 0
         self.save_agreed = requests.save
 

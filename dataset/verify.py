@@ -41,7 +41,7 @@ def verify(name: str, root: Path, official: tuple[int, int]) -> list[str]:
 
 
 def add_verify(parser: argparse.ArgumentParser, *names: str) -> None:
-    """The option `--verify`, which means the same in all scripts, under its names there."""
+    """Add the option `--verify`, under the names that the script gives it."""
     parser.add_argument(
         *names, action="store_true", help="write nothing: only check the data, and the checksums of archives"
     )

@@ -47,7 +47,7 @@ def make_views(scales: Sequence[float] | None, flip: bool) -> tuple[View, ...]:
 
 
 def seen(images: Tensor, view: View) -> Tensor:
-    """The images as a view shows them.
+    """Transform images as a view defines.
 
     Args:
         images: (..., 3, H, W), uint8 or floating point.
@@ -59,7 +59,7 @@ def seen(images: Tensor, view: View) -> Tensor:
     if view.scale != 1:
         from torchvision.transforms.v2 import functional as F  # slow to import, and not needed by a plain view
 
-        # torch cannot resize bytes to a single pixel, so that two are the least
+        # At least two pixels: torch cannot resize uint8 images to a single pixel
         size = [max(2, math.floor(length * view.scale + 0.5)) for length in images.shape[-2:]]
         images = F.resize(images, size, antialias=True)
     return images.flip(-1) if view.flipped else images
@@ -74,7 +74,7 @@ def logits_of_views(small_logits: Callable[[Tensor], Tensor], images: Tensor, vi
         views: how the network sees them.
 
     Returns:
-        (..., C, h, w) of each view, whatever its scale.
+        (..., C, h, w) of each view.
     """
     found = []
     for view in views:

@@ -1,8 +1,8 @@
-"""The sums of `utils.latent_space` over all classes at once, without a number that the host has to read.
+"""The sums of `utils.latent_space` for all classes at once, computed without copying a value from the device to the host.
 
-The functions of that module go through the classes that a batch shows and select their features. Which these are, and how many positions
-each has, the host would have to wait for. Here every feature number is given its class and the channel of the prototype that it belongs
-to, and the classes that are absent have weights of 0.
+The functions of that module loop over the classes of a batch and select their features, for which the host has to know these classes and
+their numbers of positions. Here each value of the features is assigned its class and its channel of the prototype, and classes that the
+batch does not show have the weight 0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Where each feature number belongs in a table of C classes and D channels.
+    """Assignment of each value of the features to an entry of a table of C classes and D channels.
 
     Attributes:
-        entry: (B, D, h, w) place in the table of (C + 1) · D numbers, whose last row takes the labels from C on.
-        label: (B, h, w) row of the table.
-        numbers: (C,) positions of each class.
+        entry: (B, D, h, w) index into the flattened table of C + 1 rows; the last row is for labels from C on.
+        label: (B, h, w) row of the table of each position.
+        numbers: (C,) number of positions of each class.
     """
 
     entry: Tensor
@@ -28,7 +28,7 @@ class Places(NamedTuple):
 
 
 def places(features: Tensor, labels: Tensor, classes: int, tall: bool, exact: bool) -> Places:
-    """Places of all feature numbers; the arguments are those of `utils.latent_space.rows_of_class`, and C."""
+    """Assign all values of the features. `classes` is C; the other arguments are those of `utils.latent_space.rows_of_class`."""
     channels = features.shape[1]
     label = torch.where(labels < classes, labels, classes)
     flat = label.flatten(1)  # (B, h·w)
@@ -59,7 +59,7 @@ def weighted_squares(features: Tensor, at: Places, prototypes: Tensor, weights: 
 
     Args:
         features: (B, D, h, w).
-        at: their places.
+        at: their assignment.
         prototypes: (C, D), constants.
         weights: (C,), 0 for a class that is left out.
 
@@ -74,7 +74,7 @@ def weighted_squares(features: Tensor, at: Places, prototypes: Tensor, weights: 
 
 
 def without(present: Tensor, left_out: str | None) -> Tensor:
-    """Flags of classes, one cleared: "first": the smallest that is set, "background": class 0; None: as they are."""
+    """Flags of classes with one cleared: "first": the smallest set one, "background": class 0; None: no flag is cleared."""
     if left_out is None:
         return present
     position = present.cumsum(0) if left_out == "first" else torch.arange(1, len(present) + 1, device=present.device)
@@ -82,7 +82,7 @@ def without(present: Tensor, left_out: str | None) -> Tensor:
 
 
 def largest_of_label(values: Tensor, labels: Tensor, count: int) -> Tensor:
-    """(…) for each position the largest value of all positions with its label.
+    """For each position, the largest value of all positions with the same label.
 
     Args:
         values: (…).

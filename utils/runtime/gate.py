@@ -2,17 +2,16 @@
 
 A training must not use a loss that is not finite, or that diverges: `Trainer` then skips the batch or ends, with the state before it.
 To know the losses, the host would wait in every iteration until the device has computed them, and the device would then wait
-for the host. With the gate the device decides by itself:
+for the host. With the gate the device decides whether the update is made:
 
     message = agree(total, terms, requests)   # losses and requests, averaged over processes
     accepted = acceptable(message, limit)     # 0-d, on the device
     outcome = Outcome(...)                    # starts the copy to the host and does not wait for it
-    ...                                       # backward pass; the optimiser moves nothing unless accepted
+    ...                                       # backward pass; the optimiser updates nothing unless accepted
     outcome.read()                            # before the next iteration
 
-Without acceptance weights, momenta, λ, running statistics and the state of the method stay as they were. The trainer, which learns of it
-before the next iteration, repeats the iteration, reads the losses at once, and does what it does on a CPU: messages, counts and files
-are those of a CPU.
+Without acceptance, weights, momenta, λ, running statistics and the state of the method are not changed. The trainer reads this before the
+next iteration, repeats the iteration, reads its losses at once, and continues as on a CPU, with the same messages, counts and files.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def asynchronous(device: torch.device) -> bool:
 
 
 class ForwardPass(NamedTuple):
-    """What an iteration has before its backward pass.
+    """Result of an iteration before its backward pass.
 
     Attributes:
         batch: its taps are released.
@@ -53,7 +52,7 @@ class ForwardPass(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """What a process asks of all.
+    """Requests of a process to all processes.
 
     Attributes:
         stop: number of the signal to stop on, or 0.
@@ -82,7 +81,7 @@ def agree(total: Tensor, terms: Mapping[str, Tensor], requests: Requests) -> Ten
 
 
 def acceptable(message: Tensor, limit: float) -> Tensor:
-    """Whether an iteration may move the parameters.
+    """Whether an iteration may update the parameters.
 
     Args:
         message: of `agree`.
@@ -97,7 +96,7 @@ def acceptable(message: Tensor, limit: float) -> Tensor:
 
 @dataclass
 class Outcome:
-    """Losses of an iteration on their way to the host, and what a repetition of the iteration needs.
+    """Losses of an iteration that are copied to the host, and what a repetition of the iteration needs.
 
     Args:
         names: of the losses, the total last.
@@ -166,10 +165,10 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self, accepted: Tensor | None = None) -> None:
-        """Give the buffers their earlier values; call it after the backward pass, which reads the buffers.
+        """Restore the earlier values of the buffers; call it after the backward pass, which reads the buffers.
 
         Args:
-            accepted: 0-d bool on the device; if it is true, the buffers stay as they are.
+            accepted: 0-d bool on the device; if it is true, the buffers are not changed.
         """
         for dtype, buffers in self._by_type.items():
             kept = self._kept[dtype]
