@@ -105,13 +105,23 @@ class LayerSpecificDistillation(Part):
             (
                 "--mask_rule (--sigmoid)",
                 lambda o: o.mask_rule is not None,
-                ["mcd_factor", "mcd_groups", "rge_alpha", "rge_beta", "rge_gamma", "rge_interval", "tap_schemes"],
+                [
+                    "mcd_factor",
+                    "mcd_groups",
+                    "rge_alpha",
+                    "rge_beta",
+                    "rge_gamma",
+                    "rge_interval",
+                    "tap_schemes",
+                    "balance",
+                ],
             ),
+            ("--balance rge", lambda o: o.balance == "rge", ["rge_alpha", "rge_beta", "rge_gamma", "rge_interval"]),
             ("--mask_rule whc", lambda o: o.mask_rule == "whc", ["channel_rule"]),
         ],
         later=[
             *("tap_schemes", "mcd_factor", "mcd_groups", "mask_distance", "mask_rule", "channel_rule"),
-            *("rge_alpha", "rge_beta", "rge_gamma", "rge_interval"),
+            *("rge_alpha", "rge_beta", "rge_gamma", "rge_interval", "balance"),
         ],
         check=check_masks,
     )
@@ -134,6 +144,12 @@ class LayerSpecificDistillation(Part):
         named("sigmoid", "mask_rule", default=None, choices=rules, help="how distances become masks")
         answers = ["released", "mended"]
         add("--channel_rule", default="released", choices=answers, help="inequalities of whc's channel mask")
+        add(
+            "--balance",
+            default="rge",
+            choices=["rge", "sum"],
+            help="weights of the terms: λ by gradient equilibrium, or ones",
+        )
         for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
             explained = f"gradient equilibrium: {what}"
             named(f"adaptive{letter}", f"rge_{letter}", type=float, default=0.5, help=explained)
@@ -222,8 +238,10 @@ class LayerSpecificDistillation(Part):
             for name, tap in self.pooled
         ]
 
-    def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer:
-        """RGE over all terms of the run, in the official order: ce, mcd, kd, further terms, then the taps."""
+    def make_balancer(self, model: SegmentationModel, specs: Sequence[TermSpec]) -> Balancer | None:
+        """RGE over all terms of the run, in the official order: ce, mcd, kd, further terms, then the taps; None with --balance sum."""
+        if self.opts.balance == "sum":
+            return None
         of_taps = {name for name, _ in self.pooled}
         ordered = sorted(specs, key=lambda spec: spec.name in of_taps)
         watched = model.watched_weights()

@@ -260,6 +260,18 @@ def test_any_number_of_groups(groups):
     assert assert_finite(step, thin.images(2), thin.bands(0, 4, 5, 255))["mcd"] > 0
 
 
+def test_the_balance_can_be_left_out():
+    """--balance sum: the same terms, all of weight one, and no λ in the checkpoint."""
+    images, labels = thin.images(2), thin.bands(0, 3, 4, 255)
+    (plain, balanced), (summed, trainer) = (
+        train(thin.Step(f"--method LSKD {words}", steps=((0, 1, 2), (3, 4))), images, labels)
+        for words in ("", "--balance sum")
+    )
+    assert {name: summed[name] for name in plain} == plain  # in the first iteration λ is one
+    assert summed["loss"] == pytest.approx(sum(value for name, value in summed.items() if name != "loss"), rel=1e-6)
+    assert set(balanced.balancer.loss_weights) == set(plain) - {"loss"} and trainer.balancer.loss_weights == {}
+
+
 def test_the_mended_channel_rule_is_an_option():
     """It changes the masked terms of taps with channels, and no other."""
     images, labels = thin.images(2), thin.bands(0, 4, 5, 255)
