@@ -7,9 +7,10 @@ The file of a study names data, task, backbone, methods with their options, seed
 What stands after `--` goes to run.py, for all runs. Rows that differ in options of later steps alone share one step 0 per seed, as in the
 papers. A study that was stopped continues where it was. What it leaves in `--out`:
 
-    report.html     one page with everything       table.md        the tables
+    report.html     one page with everything       table.md, .csv  the tables
+    scores.json     the scores of every run, step and class
     results/        CSV, JSON and pictures of each run              study.json      seconds of each run, machine, versions, commit
-    *.png           mIoU by step, and by variant where the study has variants
+    *.png           mIoU by step; by variant, and over the mIoU of step 0, where the study has variants
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from scripts.studies.plan import Job, Plan, Study  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.reporting import figures, page, results, runs  # noqa: E402
 from utils.reporting.runs import TaskRuns  # noqa: E402
+from utils.reporting.tables import Table  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,6 +91,30 @@ def variants_table(tasks: dict[str, list[TaskRuns]]) -> str:
     return "\n\n".join(parts)
 
 
+def table_csv(tasks: dict[str, list[TaskRuns]]) -> str:
+    """The tables as CSV: one table, whose first columns name variant and task."""
+    lines: list[str] = []
+    for variant, found in tasks.items():
+        for task in found:
+            table = page.summary_table(task)
+            rows = [[variant, f"{task.dataset} {task.task}", *row] for row in table.rows]
+            text = Table(["variant", "task", *table.header], rows).csv().split("\n")
+            lines += text if not lines else text[1:]
+    return "\n".join(lines) + "\n"
+
+
+def scores(tasks: dict[str, list[TaskRuns]]) -> list[dict[str, Any]]:
+    """What every run scored, in percent: an entry a run, with the figures of each of its steps."""
+    kept = ("old", "new", "all", "harmonic_mean", "average_over_steps", "class_iou")
+    return [
+        {
+            "variant": variant, "dataset": task.dataset, "task": run.document["task"], "method": group.label, "name": run.document["name"],
+            "steps": {step: {key: entry.get(key) for key in kept} for step, entry in run.steps.items()},
+        }
+        for variant, found in tasks.items() for task in found for group in (*task.groups, *task.references) for run in group.runs
+    ]  # fmt: skip
+
+
 def record(study: Study, seconds: dict[str, float], out: Path) -> None:
     """Write what a reader needs to repeat the study and to judge its times."""
     document: dict[str, Any] = {
@@ -136,6 +162,8 @@ def show(study: Study, tasks: dict[str, list[TaskRuns]], out: Path) -> None:
     """Print the tables and write them, the figures and the page."""
     text = variants_table(tasks)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    (out / "table.csv").write_text(table_csv(tasks), encoding="utf-8")
+    (out / "scores.json").write_text(json.dumps(scores(tasks), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     named = [replace(task, variant=variant) for variant, found in tasks.items() for task in found]
     page.write(named, out / "report.html", study.name)
     for variant, found in tasks.items():
@@ -144,6 +172,7 @@ def show(study: Study, tasks: dict[str, list[TaskRuns]], out: Path) -> None:
     if len(tasks) > 1:
         by_variant = {variant: found[0] for variant, found in tasks.items()}
         figures.draw_variants(by_variant).savefig(out / "miou_by_variant.png", dpi=150)
+        figures.draw_ripeness(by_variant).savefig(out / "miou_by_step0.png", dpi=150)
     print(f"\nmIoU in % after the last step, {len(study.seeds)} seed(s)\n\n{text}")
 
 

@@ -7,10 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
@@ -142,39 +141,63 @@ def run_all(jobs: Sequence[Job], at_once: int) -> tuple[dict[str, float], list[s
     return seconds, list(failed.values())
 
 
+def launch(words: Sequence[str], log: Path, hear: Callable[[str], object], mode: str = "w") -> int:
+    """One process of run.py, whose output goes to a log.
+
+    Args:
+        words: its command line.
+        log: the file; its folder is made.
+        hear: called with every line; a true result asks the process to stop, which saves its state first.
+        mode: "w", or "a" to keep what the log has.
+
+    Returns:
+        Its exit code.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-u", str(ROOT / "run.py"), *words]
+    with (
+        open(log, mode, encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if hear(line):
+                process.terminate()
+    return process.returncode
+
+
+def end_of(log: Path) -> str:
+    """The last words of a log, for messages."""
+    return log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
+
+
 def _run(job: Job, progress: Progress) -> str:
     """One process of run.py, whose output goes to the job's log; returns the line that says its scores.
 
     Raises:
         RuntimeError: it failed; holds the end of what it said.
     """
-    job.log.parent.mkdir(parents=True, exist_ok=True)
     progress.begin(job)
-    command = [sys.executable, "-u", str(ROOT / "run.py"), *job.words]
-    last = f"{job.title}: finished before"
-    with (
-        open(job.log, "w", encoding="utf-8") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process,
-    ):
-        assert process.stdout is not None
-        last = _follow(process.stdout, log, job, progress) or last
-    if process.returncode:
-        end = job.log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
-        raise RuntimeError(f"{job.title} ended with exit code {process.returncode}, see {job.log}:\n{end}")
-    return last
+    listener = _Listener(job, progress)
+    if code := launch(job.words, job.log, listener):
+        raise RuntimeError(f"{job.title} ended with exit code {code}, see {job.log}:\n{end_of(job.log)}")
+    return listener.last
 
 
-def _follow(output: IO[str], log: IO[str], job: Job, progress: Progress) -> str:
-    """Copy what a process says to its log, tell the progress of its epochs; returns the line with its last scores."""
-    last, before = "", time.monotonic()
-    for line in output:
-        log.write(line)
-        log.flush()
+class _Listener:
+    """Tells the progress of the epochs that a process prints, and keeps the line with its last scores."""
+
+    def __init__(self, job: Job, progress: Progress):
+        self.job, self.progress = job, progress
+        self.last, self.before = f"{job.title}: finished before", time.monotonic()
+
+    def __call__(self, line: str) -> None:
         if match := _EPOCH.match(line):
             now = time.monotonic()
-            progress.epoch(job, f"step {match[1]} epoch {match[2]}/{match[3]}", now - before)
-            before = now
+            self.progress.epoch(self.job, f"step {match[1]} epoch {match[2]}/{match[3]}", now - self.before)
+            self.before = now
         elif "test mIoU" in line:
-            last = f"{job.title}: {line.split(' (%')[0].strip()}"
-            before = time.monotonic()
-    return last
+            self.last = f"{self.job.title}: {line.split(' (%')[0].strip()}"
+            self.before = time.monotonic()

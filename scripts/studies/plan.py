@@ -9,9 +9,12 @@ methods:                                                                 # a row
   FT:
   EWC: {reg_importance: 10}
   LSKD, more of it: {method: LSKD, rge_alpha: 20}
+  ALIFE: {step0: {lr: [0.02]}, later: {epochs: 5}}                       # options of this row for step 0, and for later steps
 variants:                                                                # optional: the whole study once for each
   4 epochs: {step0: {epochs: 4}}
   8 epochs: {step0: {epochs: 8}}
+
+A relative path of task_file and preset is that of a file beside the study, or one in the current folder where there is none beside it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from utils.options import config
 #: Entries of a study, and of a variant.
 KEYS = ("name", "options", "step0", "later", "seeds", "methods", "variants")
 OF_VARIANT = ("options", "step0", "later")
+#: Options whose relative path may start at the folder of the file.
+FILES = ("task_file", "preset")
 #: Options that the study sets itself.
 OWN = ("step", "step_ckpt", "random_seed", "name", "date", "checkpoint", "results", "logdir", "resume", "no_progress")
 
@@ -49,7 +54,8 @@ class Study:
         name: of the study.
         options, step0, later: options of run.py for all runs, for step 0 alone, for later steps alone.
         seeds: `--random_seed` of each repetition.
-        methods: by the name of the row, the options that differ; "method" is the row's name where it is not given.
+        methods: by the name of the row, the options that differ; "method" is the row's name where it is not given. Its entries
+            "step0" and "later" hold options for these steps alone.
         variants: by name, changes of options, step0 and later; {"": {}} where there are none.
     """
 
@@ -100,13 +106,16 @@ def read(path: Path) -> Study:
     document = config.load(path)
     if unknown := sorted(set(document) - set(KEYS)):
         raise UserError(f"{path}: {unknown[0]!r} is not an entry of a study; the entries are {', '.join(KEYS)}")
-    mappings = {key: _mapping(document, key, path) for key in ("options", "step0", "later", "methods", "variants")}
-    seeds = document.get("seeds", [42])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(f"{path}: seeds is {seeds!r}; give a list of whole numbers, such as [1, 2, 3]")
+    mappings = {key: mapping(document, key, path) for key in ("options", "step0", "later", "methods", "variants")}
+    repeated = seeds(document.get("seeds", [42]), path)
     if not mappings["methods"]:
         raise UserError(f"{path}: no methods; list at least one under methods, such as FT")
-    methods = {name: _mapping(mappings["methods"], name, path) for name in mappings["methods"]}
+    methods = {name: mapping(mappings["methods"], name, path) for name in mappings["methods"]}
+    parts = {
+        f"methods, {name}, {key}": mapping(row, key, path)
+        for name, row in methods.items()
+        for key in ("step0", "later")
+    }
     variants = {name: _variant(mappings["variants"], name, path) for name in mappings["variants"]} or {"": {}}
     name = document.get("name", path.stem)
     if not isinstance(name, str) or not name.isprintable():
@@ -115,14 +124,30 @@ def read(path: Path) -> Study:
         if twice := [text for text, count in Counter(map(file_name, names)).items() if count > 1]:
             raise UserError(f"{path}: two entries are called {twice[0]!r} in file names; rename one of them")
     shared = {key: mappings[key] for key in OF_VARIANT}
-    for place, options in (*shared.items(), *((f"methods, {name}", options) for name, options in methods.items())):
+    rows = {f"methods, {name}": row for name, row in methods.items()}
+    for place, options in (shared | rows | parts).items():
         if taken := sorted(set(options) & set(OWN)):
             raise UserError(f"{path}, {place}: {taken[0]!r} is set by the study itself; leave it out")
-    return Study(path, name, seeds=tuple(dict.fromkeys(seeds)), methods=methods, variants=variants, **shared)
+    return Study(path, name, seeds=repeated, methods=methods, variants=variants, **shared)
 
 
-def _mapping(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    """An entry that is a mapping, or empty."""
+def seeds(entry: Any, path: Path) -> tuple[int, ...]:
+    """The seeds of a file, each once.
+
+    Raises:
+        UserError: they are no list of whole numbers; names the file.
+    """
+    if not isinstance(entry, list) or not entry or not all(type(seed) is int and seed >= 0 for seed in entry):
+        raise UserError(f"{path}: seeds is {entry!r}; give a list of whole numbers, such as [1, 2, 3]")
+    return tuple(dict.fromkeys(entry))
+
+
+def mapping(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """An entry of a file that is a mapping, or empty where there is none.
+
+    Raises:
+        UserError: it is something else; names the file and the entry.
+    """
     value = document.get(key)
     if value is None:
         return {}
@@ -132,10 +157,10 @@ def _mapping(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any
 
 
 def _variant(variants: Mapping[str, Any], name: str, path: Path) -> dict[str, dict[str, Any]]:
-    changes = _mapping(variants, name, path)
+    changes = mapping(variants, name, path)
     if unknown := sorted(set(changes) - set(OF_VARIANT)):
         raise UserError(f"{path}, variant {name}: {unknown[0]!r} cannot vary; change {', '.join(OF_VARIANT)}")
-    return {key: _mapping(changes, key, path) for key in changes}
+    return {key: mapping(changes, key, path) for key in changes}
 
 
 class Plan:
@@ -161,34 +186,36 @@ class Plan:
         self.jobs = [self._run(name, seed) for seed in study.seeds for name in study.methods]
 
     def _words(self, name: str, options: Mapping[str, Any]) -> list[str]:
-        return config.words(options, self.parser, f"{self.study.path}, {name}")
+        return config.words(beside(options, self.study.path), self.parser, f"{self.study.path}, {name}")
 
     def _parse(self, name: str, words: Sequence[str]) -> Namespace:
         """The options of a run, checked as run.py checks them."""
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                opts = argparser.parse(words)
-            argparser.check(opts)
-        except SystemExit:
-            raise UserError(f"{self.study.path}, {name}: {said.getvalue().strip().splitlines()[-1]}") from None
-        except UserError as error:
-            raise UserError(f"{self.study.path}, {name}: {error}") from error
-        return opts
+        return parse(words, f"{self.study.path}, {name}")
 
     def _run(self, name: str, seed: int) -> Job:
         """The run of a row and a seed; its step 0 is added to `first` unless another row has the same."""
         own = {"method": name} | self.study.methods[name]
+        at_step0, at_later = (self._words(name, own.pop(key, None) or {}) for key in ("step0", "later"))
         joint = str(own["method"]).lower() == "joint"
         shared = self._words(name, self.options | ({"task": OFFLINE} if joint else {}))
-        mine = [*self._words(name, own), *self.extra]
-        opts = self._parse(name, [*shared, *mine, "--dry_run"])
+        mine, extra = self._words(name, own), self.extra
+        opts = self._parse(name, [*shared, *mine, *at_step0, *extra, "--dry_run"])
         last = dataset.load_task(opts, 0).last_step
-        first = [*shared, *self._words(name, self.step0), *mine, *self._rates(opts, last, [0]), "--step", "0"]
+        first = [
+            *shared,
+            *self._words(name, self.step0),
+            *mine,
+            *at_step0,
+            *extra,
+            *rates(opts.lr, last, [0]),
+            "--step",
+            "0",
+        ]
         if last == 0:
             return self._job(name, name, seed, first)
         steps = range(1, last + 1)
-        later = [*shared, *self._words(name, self.later), *mine, *self._rates(opts, last, steps)]
+        opts = self._parse(name, [*shared, *mine, *at_later, *extra, "--dry_run"])
+        later = [*shared, *self._words(name, self.later), *mine, *at_later, *extra, *rates(opts.lr, last, steps)]
         return self._job(name, name, seed, [*later, "--step", *map(str, steps)], self._step0(name, first, seed))
 
     def _step0(self, name: str, words: Sequence[str], seed: int) -> Job:
@@ -208,12 +235,6 @@ class Plan:
             others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self.first.values())
             self.first[key] = self._job(f"step0-{name}" if others else "step0", name, seed, words, shared=True)
         return self.first[key]
-
-    def _rates(self, opts: Namespace, last: int, steps: Sequence[int]) -> list[str]:
-        """`--lr` with one value for each of the steps: several values are those of all steps of the task."""
-        if len(opts.lr) == 1:
-            return []
-        return ["--lr", *(str(scheduler.rate_of_step(opts.lr, range(last + 1), step)) for step in steps)]
 
     def _job(
         self, title: str, name: str, seed: int, words: Sequence[str], after: Job | None = None, shared: bool = False
@@ -237,6 +258,52 @@ class Plan:
         )
 
 
+def parse(words: Sequence[str], place: str) -> Namespace:
+    """The options of a run, checked as run.py checks them.
+
+    Args:
+        words: its command line.
+        place: file and entry, for messages.
+
+    Raises:
+        UserError: run.py would refuse them; names the place.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            opts = argparser.parse(words)
+        argparser.check(opts)
+    except SystemExit:
+        raise UserError(f"{place}: {said.getvalue().strip().splitlines()[-1]}") from None
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    return opts
+
+
+def rates(lr: Sequence[float], last: int, steps: Sequence[int]) -> list[str]:
+    """`--lr` with one value for each of the steps: several values are those of all steps of the task.
+
+    Args:
+        lr: `--lr` of the file; one value is left to the other words.
+        last: last step of the task.
+        steps: that a run trains.
+    """
+    if len(lr) == 1:
+        return []
+    return ["--lr", *(str(scheduler.rate_of_step(lr, range(last + 1), step)) for step in steps)]
+
+
+def beside(options: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Options in which a relative path of a file starts where that file is: beside the study, or in the current folder.
+
+    Args:
+        options: by name.
+        path: of the study.
+    """
+    files = {name: path.parent / value for name, value in options.items() if name in FILES and isinstance(value, str)}
+    return {**options, **{name: str(file) for name, file in files.items() if file.is_file()}}
+
+
 def file_name(text: str) -> str:
-    """A text as part of a file name: letters, digits and -+.= stay, other characters become "-"."""
-    return re.sub(r"[^\w+.=]+", "-", text).strip("-.") or "x"
+    """A text as part of a file name: ASCII letters, digits and -+.= stay, other characters become "-"."""
+    return re.sub(r"[^\w+.=]+", "-", text, flags=re.ASCII).strip("-.") or "x"

@@ -1,6 +1,8 @@
 """scripts/study.py: one step 0 for all that can share it, what the file of a study may say, and a study from end to end."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from scripts.studies import execute, plan
 from tests.support import thin
 from tests.support.paths import ROOT
 from utils.checkpointing import checkpoint_files
+from utils.reporting import figures
+from utils.reporting.runs import Group, Run, TaskRuns
 
 TINY = {
     "dataset": "shapes", "task": "6-4", "overlap": True, "backbone": "resnet18", "no_pretrained": True, "crop_size": 32, "batch_size": 4,
@@ -100,6 +104,32 @@ def test_schedules_of_step_0_and_of_later_steps(tmp_path):
     assert (value(slow.after, "epochs"), value(slow, "epochs"), slow.epochs) == (9, 9, 18)
 
 
+def test_a_row_has_options_for_step_0_and_for_later_steps(tmp_path):
+    """They win over those of the study and of the row; words after -- win over all."""
+    options, row = (
+        TINY | {"lr": [0.5, 0.25]},
+        {"method": "FT", "batch_size": 2, "step0": {"lr": [0.125]}, "later": {"epochs": 7}},
+    )
+    entries = {"options": options, "later": {"epochs": 2}, "methods": {"FT": None, "slow": row}}
+    plain, slow = planned(tmp_path, **entries).jobs
+    assert [value(job, "lr") for job in (plain.after, plain, slow.after, slow)] == [[0.5], [0.25], [0.125], [0.25]]
+    assert (plain.epochs, slow.epochs, value(slow, "batch_size"), value(slow.after, "batch_size")) == (2, 7, 2, 2)
+    found = plan.Plan(plan.read(write(tmp_path, **entries)), "", tmp_path / "out", ["--epochs", "1", "--lr", "0.75"])
+    assert {(job.epochs, *value(job, "lr")) for job in found.jobs} == {(1, 0.75)}
+
+
+def test_files_of_a_study_are_looked_for_beside_it(tmp_path, monkeypatch):
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    for place in (folder / "task.json", tmp_path / "task.json", tmp_path / "here.json"):
+        place.write_text(json.dumps({"name": place.parent.name, "steps": [[0, 1], [2], [3]]}))
+    monkeypatch.chdir(tmp_path)
+    names = {name: {"method": "FT", "task_file": name} for name in ("task.json", "here.json")}
+    beside, here = planned(folder, methods=names).jobs
+    assert value(beside, "task_file") == str(folder / "task.json") and value(beside, "step") == [1, 2]
+    assert value(here, "task_file") == "here.json"
+
+
 def test_seeds_and_variants_have_runs_of_their_own(tmp_path):
     variants = {"1 epoch": {"step0": {"epochs": 1}}, "2 epochs": {"step0": {"epochs": 2}, "options": {"lr": [0.1]}}}
     plans = [planned(tmp_path, variant, seeds=[1, 2], variants=variants) for variant in variants]
@@ -124,6 +154,7 @@ def test_seeds_and_variants_have_runs_of_their_own(tmp_path):
         ({"options": TINY | {"batch_size": [1, 2]}}, "takes one value"),
         ({"options": TINY | {"task": "7-7"}}, "7-7"),
         ({"methods": {"FT": {"step": [1]}}}, "'step' is set by the study itself"),
+        ({"methods": {"FT": {"later": {"name": "x"}}}}, "methods, FT, later: 'name' is set by the study itself"),
         ({"methods": {"PLOP": {"pooling": -1}}}, "PLOP: --pooling -1"),
         ({"methods": {"FTT": None}}, "FTT"),
         ({"methods": {"a b": {"method": "FT"}, "a-b": {"method": "FT"}}}, "rename one"),
@@ -149,7 +180,10 @@ def test_other_files_are_refused(tmp_path, capsys):
     assert "its rows are FT, PLOP" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+STUDIES = [path for path in (ROOT / "scripts" / "studies").glob("*.yaml") if not path.stem.startswith("tune_")]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES), ids=lambda path: path.stem)
 def test_the_studies_of_the_project_can_be_planned(path, tmp_path):
     found = plan.read(path)
     words = ["--data_root", str(tmp_path)] if found.options["dataset"] != "shapes" else []
@@ -231,6 +265,13 @@ def test_a_study_from_end_to_end(tmp_path, capfd):
     assert later["1"]["average_over_steps"] == pytest.approx((later["0"]["all"] + later["1"]["all"]) / 2)
     assert f"| {later['1']['average_over_steps']:.1f} " in (out / "table.md").read_text()
     assert (out / "report.html").read_text().startswith("<!doctype html>")
+    listed = {entry["name"]: entry["steps"] for entry in json.loads((out / "scores.json").read_text())}
+    assert (
+        set(listed) == {"FT-seed42", "EWC-seed42"} and listed["FT-seed42"]["1"]["class_iou"] == later["1"]["class_iou"]
+    )
+    with open(out / "table.csv", encoding="utf-8") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["FT"]["task"] == "shapes 6-4" and float(rows["FT"]["all"]) == pytest.approx(later["1"]["all"], abs=0.05)
     for step in (0, 1):  # that of the shared step 0 is copied
         assert (out / "results" / "all_shapes_6-4_FT-seed42_pictures" / f"3_step{step}.png").is_file()
     assert set(json.loads((out / "study.json").read_text())["seconds"]) == {name.split("_")[-1] for name in stored}
@@ -238,6 +279,41 @@ def test_a_study_from_end_to_end(tmp_path, capfd):
     assert study.main(words) == 0  # nothing is trained twice
     again = capfd.readouterr().out
     assert "finished before" in again and again[again.index("| method") :].split("\n\n")[0] in first
+
+
+def runs_of(task, scores):
+    """The runs of a variant: by method, mIoU of step 0 and after the last step, one pair a seed."""
+    groups = [
+        Group(label, tuple(Run(Path(label), label, {"steps": {"0": {"all": a}, "1": {"all": b}}}) for a, b in seeds))
+        for label, seeds in scores.items()
+    ]
+    return TaskRuns("shapes", task, 7, tuple(groups))
+
+
+def test_a_figure_over_the_score_of_step_0():
+    """A line for each method and task, in the order of step 0, of means over seeds."""
+    tasks = {
+        "8 epochs": runs_of("6-2", {"MiB": [(80, 60), (70, 50)], "LSKD": [(80, 55)]}),
+        "1 epoch": runs_of("6-2", {"MiB": [(40, 30)], "LSKD": [(40, 20)]}),
+        "8 base": runs_of("8-2", {"MiB": [(60, 45)], "LSKD": [(60, 50)]}),
+    }
+    axes = figures.draw_ripeness(tasks).axes[0]
+    lines = [list(zip(*line.get_data())) for line in axes.lines]
+    assert lines == [[(40, 30), (75, 55)], [(40, 20), (80, 55)], [(60, 45)], [(60, 50)]]
+    colours, marks = [line.get_color() for line in axes.lines], [line.get_marker() for line in axes.lines]
+    assert colours[:2] == colours[2:] and colours[0] != colours[1]
+    assert marks[0] == marks[1] != marks[2] == marks[3]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["6-2", "8-2"]
+    assert {text.get_text() for text in axes.texts} == {"MiB", "LSKD"}
+
+
+def test_a_study_of_variants_draws_both_figures(tmp_path):
+    """From the command line: every variant has a step 0 of its own."""
+    variants = {"few": {"step0": {"shapes_train": 8}}, "more": {"step0": {"epochs": 2}}}
+    path = write(tmp_path, methods={"FT": None}, options=TINY | {"epochs": 1}, variants=variants)
+    assert study.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    for name in ("miou_by_variant", "miou_by_step0", "miou_by_step_few", "miou_by_step_more"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
 
 
 def test_a_failed_run_is_said_and_the_others_go_on(tmp_path, capfd):

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from utils.reporting.runs import Group, Run, TaskRuns
@@ -24,6 +25,8 @@ INK, GRID = "#1c2127", "#d3d8de"
 SERIES = ("#2166c2", "#d9660f", "#1a8a5f", "#b8409b", "#7a5cc9", "#8a6d00", "#c2323f", "#0e8aa3", "#5f6b77")
 #: Line styles of the curves beyond the last colour.
 STYLES = ("-", "--", ":", "-.")
+#: Marks of points by the task that they belong to.
+MARKS = ("o", "s", "D", "^", "v", "*")
 #: Width of most figures in inches: on a phone they are shown at about their own size.
 WIDTH = 4.8
 #: Entries above which a heat map has no numbers in its cells.
@@ -42,7 +45,7 @@ def style_of(index: int) -> dict[str, Any]:
     return {"color": SERIES[index % len(SERIES)], "linestyle": STYLES[index // len(SERIES) % len(STYLES)]}
 
 
-def _prepare(axes: Axes, xlabel: str, ylabel: str) -> None:
+def prepare(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.tick_params(colors=INK)
@@ -78,7 +81,7 @@ def draw_steps(task: TaskRuns) -> Figure:
         axes.axhline(value, color=style_of(index)["color"], linewidth=1, linestyle=(0, (4, 3)))
         ends.append((task.groups[0].steps[-1], value, group.label, style_of(index)["color"]))
     axes.set_title(task.title, color=INK, fontsize="medium")
-    _prepare(axes, "step", "mIoU of all classes so far (%)")
+    prepare(axes, "step", "mIoU of all classes so far (%)")
     axes.set_xticks(sorted({step for group in task.groups for step in group.steps}))
     axes.set_ylim(bottom=0)
     _label_ends(axes, ends)
@@ -105,10 +108,46 @@ def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
                 spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         axes.errorbar(places, means, spreads, marker="o", markersize=4, capsize=3, **style_of(index))
         ends.append((places[-1], means[-1], label, style_of(index)["color"]))
-    _prepare(axes, "", "mIoU of all classes after the last step (%)")
+    prepare(axes, "", "mIoU of all classes after the last step (%)")
     axes.set_xticks(range(len(tasks)), list(tasks), rotation=0 if len(tasks) < 5 else 30)
     axes.set_ylim(bottom=0)
     _label_ends(axes, ends)
+    return figure
+
+
+def draw_ripeness(tasks: Mapping[str, TaskRuns]) -> Figure:
+    """mIoU of all classes after the last step over the mIoU of step 0, a curve a method: does it need a step 0 that is well trained?
+
+    Variants of one task are joined by a line in the order of their step 0. Tasks of other classes cannot be compared, so each has a
+    mark and a line style of its own.
+
+    Args:
+        tasks: by the name of the variant.
+    """
+    figure = new_figure(WIDTH, 3.4)
+    axes = figure.add_subplot()
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for task in tasks.values():
+        for group in task.groups:
+            first, last = group.values("all", 0), [v for v in group.last_values("all") if v is not None]
+            if first and last and group.steps[-1] > 0:
+                points.setdefault((group.label, task.task), []).append(
+                    (statistics.fmean(first), statistics.fmean(last))
+                )
+    labels, names = (list(dict.fromkeys(key[place] for key in points)) for place in (0, 1))
+    marks: dict[str, dict[str, Any]] = {
+        name: {"marker": MARKS[i % len(MARKS)], "linestyle": STYLES[i % len(STYLES)], "markersize": 4}
+        for i, name in enumerate(names)
+    }
+    colours = {label: style_of(index)["color"] for index, label in enumerate(labels)}
+    for (label, name), found in points.items():
+        axes.plot(*zip(*sorted(found)), color=colours[label], **marks[name])
+    prepare(axes, "mIoU of step 0 (%)", "mIoU of all classes after the last step (%)")
+    axes.set_ylim(bottom=0)
+    _label_ends(axes, [(*max(points[key]), key[0], colours[key[0]]) for key in points if key[1] == names[0]])
+    if len(names) > 1:
+        entries = [Line2D([], [], color=INK, **mark) for mark in marks.values()]
+        axes.legend(entries, names, title="task", fontsize="small", title_fontsize="small", frameon=False)
     return figure
 
 
@@ -150,7 +189,7 @@ def draw_classes(group: Group, base_classes: int | None) -> Figure:
     values = np.array([[np.nan if v is None else v for v in by_step[step]] for step in steps], dtype=float).T
     figure = new_figure(max(2.6, min(WIDTH, 1.6 + 0.5 * len(steps))), 0.9 + 0.2 * len(names))
     axes = figure.add_subplot()
-    _heat(axes, values, 100.0, "{:.0f}" if len(steps) <= MANY else "")
+    heat(axes, values, 100.0, "{:.0f}" if len(steps) <= MANY else "")
     axes.set_xticks(np.arange(len(steps)) + 0.5, [str(step) for step in steps])
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
     axes.set_xlabel("after step", color=INK)
@@ -160,7 +199,7 @@ def draw_classes(group: Group, base_classes: int | None) -> Figure:
     return figure
 
 
-def _heat(axes: Axes, values: np.ndarray, largest: float, shown: str) -> None:
+def heat(axes: Axes, values: np.ndarray, largest: float, shown: str) -> None:
     """Cells coloured from 0 to `largest`, the first row at the top, with their numbers if `shown` is a format."""
     cells = np.ma.masked_invalid(values)
     axes.pcolormesh(cells, vmin=0, vmax=largest, cmap="Blues", rasterized=values.size > 1000, edgecolors="none")
@@ -199,7 +238,7 @@ def draw_confusion(group: Group, base_classes: int | None) -> Figure | None:
     side = min(14.0, 1.8 + 0.27 * len(names))
     figure = new_figure(side, side)
     axes = figure.add_subplot()
-    _heat(axes, shares, 100.0, "{:.0f}" if len(names) <= MANY else "")
+    heat(axes, shares, 100.0, "{:.0f}" if len(names) <= MANY else "")
     places = np.arange(len(names)) + 0.5
     size = "small" if len(names) <= 40 else 4
     axes.set_xticks(places, names, rotation=90, fontsize=size)
@@ -267,7 +306,7 @@ def draw_history(run: Run, styles: Mapping[str, Mapping[str, Any]]) -> Figure | 
                 FormatStrFormatter("%g")
             )  # the usual one writes formulas, which are not parsed here
             axes.yaxis.set_minor_locator(NullLocator())
-        _prepare(axes, "", label)
+        prepare(axes, "", label)
         for end in np.cumsum(lengths)[:-1]:
             axes.axvline(end + 0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
