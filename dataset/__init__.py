@@ -38,7 +38,17 @@ DATASETS: dict[str, Layout | None] = {
 
 __all__ = [
     *("DATASETS", "SegmentationSet", "Splits", "Task"),
-    *("build", "check_data", "class_names", "colours", "described_task", "load_task", "pictured", "replay_set"),
+    *(
+        "build",
+        "check_data",
+        "class_names",
+        "colours",
+        "described_task",
+        "examined",
+        "load_task",
+        "pictured",
+        "replay_set",
+    ),
     *("labels_of_test", "labels_of_validation"),
 ]
 
@@ -148,6 +158,21 @@ def replay_set(opts: Namespace, task: Task, indices: Sequence[int]) -> Segmentat
     source = _source(opts, train=True)
     labels = task.label_table("current+old", ignore_background=opts.disable_background)
     return _labelled(source, np.asarray(indices), labels, TrainTransform(opts.crop_size), opts.random_seed, task.step)
+
+
+def examined(opts: Namespace, task: Task, train: bool) -> tuple[SegmentationSet, SegmentationSet]:
+    """The images of a step as centre crops, twice: with the labels of the step, and with those of all classes seen so far.
+
+    Args:
+        opts: as for `build`.
+        task: the step.
+        train: its training images, or the test images that show a class of it.
+    """
+    source = _source(opts, train)
+    indices = _chosen(source, task, task.new, disjoint=train and not opts.overlap)
+    tables = (task.label_table(_masking(opts), ignore_background=opts.disable_background), task.label_table("test"))
+    labelled, truth = (_labelled(source, indices, table, EvalTransform(opts.crop_size)) for table in tables)
+    return labelled, truth
 
 
 def pictured(opts: Namespace, task: Task, count: int) -> SegmentationSet:
