@@ -10,7 +10,7 @@ import pytest
 
 import argparser
 import methods
-from scripts import make_subset, predict, study
+from scripts import make_subset, masks, predict, study, tune
 from scripts.benchmark import __main__ as benchmark
 from tests.stress import fault_injection
 from tests.support.paths import ROOT
@@ -122,6 +122,8 @@ def commands(page):
 PARSERS = {
     "run.py": argparser.parse,
     "scripts/study.py": lambda words: argparser.parse(study.parse(words).words),
+    "scripts/tune.py": lambda words: argparser.parse(tune.parse(words).words),
+    "scripts/masks.py": masks.parse,
     "scripts/benchmark": benchmark.parse,
     "scripts/predict.py": predict.parse,
     "scripts/make_subset.py": make_subset.parse,
