@@ -58,9 +58,9 @@ def happened(monkeypatch):
     calls = []
     evaluate, align = Trainer.evaluate, SegmentationModel.align_weight
 
-    def spied_evaluate(trainer, loader, title="test", keep=0):
+    def spied_evaluate(trainer, loader, title="test", **options):
         calls.append((title, [classifier.weight.detach().clone() for classifier in trainer.network.cls]))
-        return evaluate(trainer, loader, title, keep)
+        return evaluate(trainer, loader, title, **options)
 
     def spied_align(model, reference):
         calls.append((f"align {reference}", []))
