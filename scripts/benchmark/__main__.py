@@ -12,6 +12,9 @@ iteration   `Trainer.train_iteration` with the batch on the device: teacher, pse
 memory      peak of a process that does nothing else (resident on the CPU, allocated on CUDA), one each for floor, iteration, and
             iteration without the optimiser's step, whose momentum is as large as the network; libraries_mb of each are there
             before the networks are.
+step        what a step does beside its iterations, each over one batch: init_classifier (AWT's attribution, RCIL's merge), begin_step
+            (PLOP's thresholds), phases (NeST's pre-tuning, ALIFE-M's rotation and replay, EWF's fusion), end_step (REMINDER's
+            prototypes); and the peak memory of a process that does all that after two iterations.
 data        a training sample in one process: decoding, crop, normalisation.   scan   reading the masks once, and from the cache.
 validation  the confusion matrix against the forward pass.
 growth      floor and iteration by image size, batch size, classes and distilled taps, one varied at a time, with a figure.
@@ -49,6 +52,7 @@ from methods.lskd import PUBLISHED_SCHEMES  # noqa: E402
 from metrics.stream_metrics import StreamSegMetrics  # noqa: E402
 from modules.backbones import BackboneNames  # noqa: E402
 from modules.norm import NORMS  # noqa: E402
+from scripts.benchmark import beyond  # noqa: E402
 from scripts.benchmark.workbench import (  # noqa: E402
     Clock,
     Workbench,
@@ -62,7 +66,7 @@ from utils.errors import UserError  # noqa: E402
 from utils.reporting.tables import Table  # noqa: E402
 from utils.types import TAP_NAMES  # noqa: E402
 
-WHAT = ("iteration", "data", "scan", "validation", "memory", "growth")
+WHAT = ("iteration", "step", "data", "scan", "validation", "memory", "growth")
 #: What a process of the memory measurement runs.
 CHILDREN = ("floor", "iteration", "no_optimizer")
 #: Number of masks that the scan is reported for.
@@ -101,11 +105,7 @@ def measure_memory(arguments: argparse.Namespace, device: torch.device) -> dict[
     del device  # each process chooses it
     peaks, libraries = {}, 0.0
     for child in CHILDREN:
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments.words, "--child", child]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise UserError(f"the process that measures the memory of the {child} failed: {answer.stderr[-500:]}")
-        found = json.loads(answer.stdout.splitlines()[-1])
+        found = ask_child(arguments, child)
         peaks[f"{child}_peak_mb"], libraries = found["peak_mb"], found["libraries_mb"]
     floor = peaks["floor_peak_mb"]
     return peaks | {
@@ -113,6 +113,24 @@ def measure_memory(arguments: argparse.Namespace, device: torch.device) -> dict[
         "memory_ratio": peaks["iteration_peak_mb"] / floor,
         "memory_ratio_no_optimizer": peaks["no_optimizer_peak_mb"] / floor,
     }
+
+
+def ask_child(arguments: argparse.Namespace, child: str) -> dict[str, float]:
+    """What a process of its own answers that runs this file again with `--child`."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments.words, "--child", child]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise UserError(f"the process that measures the memory of the {child} failed: {answer.stderr[-500:]}")
+    found: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def measure_step(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Seconds of what a step does beside its iterations, and the peak memory in MiB of a step."""
+    peak = ask_child(arguments, "step")["peak_mb"]
+    calls = beyond.calls(Workbench(arguments, device, parts=("iteration",)))
+    seconds = Clock(device, arguments.clock).in_turn(calls, arguments.repeats)
+    return {f"{name}_s": statistics.median(values) for name, values in seconds.items()} | {"step_peak_mb": peak}
 
 
 def run_child(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -124,6 +142,8 @@ def run_child(arguments: argparse.Namespace, device: torch.device) -> None:
         vars(bench.trainer.precision)["step"] = lambda *_, **__: None  # its memory is left out
     for _ in range(2):
         bench.floor() if arguments.child == "floor" else bench.iteration()
+    for call in beyond.calls(bench).values() if arguments.child == "step" else ():
+        call()
     print(json.dumps({"peak_mb": peak_mb(device), "libraries_mb": libraries}))
 
 
@@ -276,7 +296,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--masks", type=int, default=2000, help="files that are made for data and scan")
     add("--out", default="runs/benchmark", help="folder of the growth figure")
     add("--json", action="store_true", help="a last line of JSON")
-    add("--child", default=None, choices=CHILDREN, help=argparse.SUPPRESS)
+    add("--child", default=None, choices=(*CHILDREN, "step"), help=argparse.SUPPRESS)
     arguments, options = parser.parse_known_args(argv)
     arguments.options = options  # of run.py, which checks them
     for name in ("crop_size", "batch_size", "old_classes", "new_classes", "repeats", "samples", "masks"):
@@ -293,6 +313,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     for name, call in (
         ("memory", measure_memory),
         ("iteration", measure_iteration),
+        ("step", measure_step),
         ("validation", measure_validation),
     ):
         found |= call(arguments, device) if name in what else {}

@@ -26,6 +26,7 @@ import methods
 from argparser import options_of_step
 from dataset.sampler import FixedBatches
 from dataset.tasks import Task
+from methods.alife import FeatureReplay
 from modules.atrous import AtrousConv2d
 from modules.fold import fold_frozen
 from modules.norm import ABN
@@ -247,9 +248,17 @@ class Workbench:
             return {}
         method = methods.build(self.opts, self.task.at(0))
         method.attach(teacher)
+        for part in method.parts:
+            if isinstance(part, FeatureReplay):
+                # To take features from a thousand crops for each class lasts minutes; invented ones cost the same later
+                part.remember = self._invented_features  # type: ignore[method-assign, assignment]
         old = torch.where(self.labels < self.task.num_old, self.labels, 0)
         method.end_step(teacher, FixedBatches([(self.images, old)]), self.device)
         return {"model_state": teacher.state_dict(), "method_state": method.state_dict()}
+
+    def _invented_features(self, model: SegmentationModel, *_: object) -> Tensor:
+        """(--alife_memory, D) of noise."""
+        return torch.randn(self.opts.alife_memory, model.cls[0].in_channels, device=self.device)
 
     def _student(self, method: methods.Method, teacher: nn.Module | None) -> SegmentationModel:
         student = build_network(self.opts, self.task.classes_per_step, False, method.wrap_model).to(self.device)

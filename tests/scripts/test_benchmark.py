@@ -11,6 +11,7 @@ from methods.lskd import PUBLISHED_SCHEMES
 from modules.atrous import AtrousConv2d
 from modules.resnet import Stem
 from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import beyond
 from scripts.benchmark.workbench import (
     Clock,
     Workbench,
@@ -97,6 +98,38 @@ def test_floor_takes_as_many_teacher_passes_as_the_method_needs(method, passes):
 def test_a_method_that_builds_on_a_state_of_the_step_before_has_one(method, terms):
     bench = Workbench(small("--method", method), CPU, parts=("iteration",))
     assert set(bench.trainer.train_iteration(bench.images, bench.labels)) == {*terms, "loss"}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("FT", set()),
+        ("MiB+AWT", {"init_classifier"}),
+        ("PLOP+EWF", {"init_classifier", "begin_step", "fusion_end"}),
+        ("MiB+NeST", {"pre-tuning_begin", "pre-tuning_iteration", "pre-tuning_end"}),
+        ("RCIL", {"init_classifier"}),
+        ("REMINDER", {"init_classifier", "begin_step", "end_step"}),
+        (
+            "ALIFE-M",
+            {"init_classifier", "remembered_crop"}
+            | {"rotation_begin", "rotation_iteration", "rotation_end", "replay_iteration"},
+        ),
+    ],
+)
+def test_what_a_step_does_beside_its_iterations(method, expected):
+    bench = Workbench(small("--method", method), CPU, parts=("iteration",))
+    calls = beyond.calls(bench)
+    assert set(calls) == expected
+    for call in calls.values():
+        call()
+    assert all(value.isfinite().all() for value in bench.student.state_dict().values())
+
+
+def test_step_is_measured_with_its_peak(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "ask_child", lambda arguments, child: {"peak_mb": 300.0, "libraries_mb": 50.0})
+    assert benchmark.main([*SMALL, "--method", "MiB+EWF", "--what", "step", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["fusion_end_s"] > 0 and found["step_peak_mb"] == 300
 
 
 def test_teacher_of_the_floor_keeps_its_norms_and_agrees_with_the_folded_one():
