@@ -47,7 +47,9 @@ def killed(at: int, targets=ITERATIONS) -> Iterator[None]:
             yield
 
 
-def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -> tuple[dict, dict]:
+def run_twice(
+    folder: Path, text: str, step: int, at: int, targets=ITERATIONS, start: Path | None = None
+) -> tuple[dict, dict]:
     """Train a step without and with an interruption, from the same checkpoint of the step before.
 
     Args:
@@ -55,17 +57,20 @@ def run_twice(folder: Path, text: str, step: int, at: int, targets=ITERATIONS) -
         text: the command line without --step; the steps before `step` are trained with it too.
         step: the step that is killed.
         at, targets: of `killed`; every iteration is saved.
+        start: the checkpoint of the step before, which is then not trained.
 
     Returns:
         The checkpoints of the step that ran through and of the one that was resumed.
     """
     options = text.split()
     task = options[options.index("--task") + 1]
-    earlier = " ".join(str(number) for number in range(step))
-    assert thin.launch(folder / "whole", f"{text} --step {earlier}") == 0
     file = f"checkpoints/{task}-shapes_n_{{}}.pth"
-    previous = shlex.quote(str(folder / "whole" / file.format(step - 1)))
-    words = f"{text} --step {step} --ckpt_minutes 0.000001 --step_ckpt {previous}"
+    if step and start is None:
+        earlier = " ".join(str(number) for number in range(step))
+        assert thin.launch(folder / "whole", f"{text} --step {earlier}") == 0
+        start = folder / "whole" / file.format(step - 1)
+    words = f"{text} --step {step} --ckpt_minutes 0.000001"
+    words += f" --step_ckpt {shlex.quote(str(start))}" if step else ""
     assert thin.launch(folder / "whole", words) == 0
     with killed(at, targets):
         thin.launch(folder / "parts", words)
