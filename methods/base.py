@@ -297,8 +297,7 @@ class Method:
 
     def replay(self, make: Callable[[Sequence[int]], SegmentationSet]) -> list[SegmentationSet]:
         """The data sets by which the parts extend the training set."""
-        found = [part.replay(make) for part in self.parts]
-        return [data for data in found if data is not None]
+        return [data for part in self.parts if (data := part.replay(make)) is not None]
 
     def init_classifier(
         self, model: SegmentationModel, teacher: nn.Module | None, loader: TrainingBatches, device: torch.device
@@ -421,7 +420,8 @@ class Method:
             part.end_validation(model)
 
     def end_step(self, model: SegmentationModel, loader: TrainingBatches, device: torch.device) -> None:
-        """Called after the last epoch and phase."""
+        """Called after the last epoch and phase. Norms that are not synchronised follow the main process, as in the checkpoint."""
+        distributed.broadcast_(list(model.buffers()))
         for part in self.parts:
             loader.set_position(0, purpose=part.purpose)
             part.end_step(model, loader, device)

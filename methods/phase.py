@@ -159,6 +159,9 @@ class PhaseRun:
         phase = self.phase
         with self._training_only(phase.parameters()):
             if not self.begun:
+                if not phase.training_mode:
+                    # Norms that are not synchronised follow the main process, whose statistics a resume finds
+                    distributed.broadcast_(list(phase.model.buffers()))
                 batches.set_position(0, purpose=f"{phase.name} statistics")
                 phase.begin(Interruptible(batches, self.context.stop))
                 self.context.stop.raise_on_all()

@@ -124,7 +124,6 @@ class SimilarityDistillation(Part):
         means = class_similarity.PrototypeMeans(task.num_old, task.num_total, weight.shape[1], distributed.sum_)
         was_training = model.training
         model.eval()
-        distributed.broadcast_(list(model.buffers()))  # norms that are not synchronised follow the main process
         for images, labels in loader:
             features = model(images.to(device, weight.dtype), full_size=False).pre_logits
             means.update(features, labels.to(device).long())

@@ -30,7 +30,8 @@ COMMANDS = {
     "UCD": 1,
     "RCIL": 1,
     "ALIFE": 1,
-    "ALIFE-M --alife_memory 3 --alife_rotation_epochs 1": 3,
+    # Without a validation no statistics of norms have been broadcast when the rotations begin
+    "ALIFE-M --alife_memory 3 --alife_rotation_epochs 2 --val_interval 9": 3,
     "MiB+AWT --crop_size 64 --shapes_train 40": 1,
     "MiB+EWF": 1,
     "MiB+NeST --warm_epochs 2": 3,
