@@ -21,7 +21,7 @@ COMMANDS = {
     "PLOP+EWF": 1,
     "LSKD+EWF": 1,
     "PLOP+NeST --warm_epochs 1": 1,
-    "LSKD+NeST --warm_epochs 1": 5,
+    "LSKD+NeST --warm_epochs 1": 3,
 }
 #: Methods that need what their own step 0 leaves.
 OWN_STEP_0 = ("EWC", "PI")
