@@ -67,6 +67,8 @@ def test_a_planted_optimum_is_found(tmp_path, launched, capsys, monkeypatch):
     """MCD with an absurd factor spoils every trial that gives it to a tap; the search leaves it, and says that this tap matters."""
     reads, read = [], ShapesSource.read
     monkeypatch.setattr(ShapesSource, "read", lambda source, i: reads.append((source.split, i)) or read(source, i))
+    begins, launch = [], execute.launch
+    monkeypatch.setattr(execute, "launch", lambda *words: begins.append(len(reads)) or launch(*words))
     options = TINY | {"mcd_factor": 1.0e6, "shapes_train": 80, "lr": [0.1]}
     path = write(tmp_path, options=options, step0={"epochs": 4}, later={"epochs": 2}, trials=10, startup=5)
     assert tune.main([str(path), "--out", str(tmp_path / "out")]) == 0
@@ -84,22 +86,22 @@ def test_a_planted_optimum_is_found(tmp_path, launched, capsys, monkeypatch):
     opts = argparser.parse(["--preset", str(preset), "--dataset", "shapes"])
     assert opts.method == "LSKD" and opts.tap_schemes[4] in ("none", "md") and opts.mcd_factor == 1e6
     assert set(yaml.safe_load(preset.read_text())) == {"method", "mcd_factor", "tap_schemes"}
-    check_images(reads, launched)
+    check_images(reads, begins, launched[-1])
 
 
-def check_images(reads, launched):
-    """After step 0, only training images of the searched step are read."""
-    opts = argparser.parse(launched[-1])
+def check_images(reads, begins, words):
+    """The trials read training images of the searched step alone, and all of those; step 0, before them, reads others too.
+
+    Args:
+        reads: (split, index) of every image that was read.
+        begins: number of reads before each run; the first run is step 0.
+        words: of a trial.
+    """
+    opts = argparser.parse(words)
     splits = dataset.build(opts, dataset.load_task(opts, 1))
     step1 = {("train", int(index)) for index in (*splits.train.indices, *splits.val.indices)}
-    assert len(launched) > 2 and reads
-    assert {split for split, _ in reads} == {"train"}
-    assert set(reads[reads_of_step0(reads, step1) :]) <= step1
-
-
-def reads_of_step0(reads, step1):
-    """The position after the last read of an image that is not of step 1."""
-    return max((place for place, one in enumerate(reads) if one not in step1), default=-1) + 1
+    assert set(reads[begins[1] :]) == step1
+    assert set(reads[: begins[1]]) - step1
 
 
 def test_a_stopped_search_ends_as_one_that_was_not(tmp_path, launched, monkeypatch, capsys):
