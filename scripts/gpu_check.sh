@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Test and measure the program on the GPUs of this machine: bash scripts/gpu_check.sh [--out runs/gpu_check] [--device cpu --size small]
+# Nothing is installed or downloaded: PYTHON, .venv/bin/python or python3 must have torch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+exec "$PYTHON" scripts/gpu_check "$@"

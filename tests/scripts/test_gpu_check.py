@@ -1,0 +1,76 @@
+"""scripts/gpu_check: what it makes of reports and measurements, and of a time that is too short."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from scripts.gpu_check import __main__ as gpu_check
+from tests.support.paths import ROOT
+
+CASE = {
+    "method": "LSKD",
+    "batch": 6,
+    "iteration_s": 0.5,
+    "ratio": 1.25,
+    "own_ratio": 1.5,
+    "eager_s": 0.75,
+    "speedup": 1.5,
+    "iteration_peak_mb": 2000.4,
+    "memory_ratio": 1.1,
+}
+FOUND = {
+    "machine": {"device": "a GPU", "torch": "2.11"},
+    "gpus": 2,
+    "tests": {"summary": {"passed": 3, "failed_tests": 1, "skipped": 2}, "failed": ["test_a[LSKD]"]},
+    "iterations": [CASE, {"method": "MiB", "batch": 24, "failed": "OutOfMemoryError: too much"}],
+    "data": {"sample_ms": 50.0, "images_per_s": 120.0, "workers": 6},
+    "profile": [{"operation": "aten::conv", "ms": 1.25, "share": 0.5, "calls": 7}],
+}
+
+
+def test_the_table_shows_every_measurement_and_every_failure():
+    lines = gpu_check.markdown(FOUND).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[2] == ["LSKD", "6", "0.500", "12.0", "1.25", "1.50", "0.750", "1.50", "2000", "1.10"]
+    assert cells[3][:3] == ["MiB", "24", "OutOfMemoryError: too much"]
+    assert cells[-1] == ["`aten::conv`", "1.25", "50.0 %", "7"]
+    text = "\n".join(lines)
+    assert "120 images/s need 6 processes" in text and "Tests: 3 passed, 1 failed tests, 2 skipped." in text
+    assert "- failed: `test_a[LSKD]`" in lines
+
+
+def test_outcomes_of_a_real_report(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('no GPU')\n"
+        "@pytest.fixture\ndef broken(): raise OSError\ndef test_d(broken): pass\n"
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py", f"--junitxml={report}"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    found = gpu_check.outcomes(report)
+    assert found["summary"] == {"passed": 1, "failed_tests": 2, "skipped": 1}
+    assert found["failed"] == ["test_b", "test_d"] and found["skipped"] == {"test_c": "no GPU"}
+    assert found["seconds"].keys() == {"test_a", "test_b", "test_c", "test_d"}
+
+
+def test_without_time_everything_is_named_as_not_measured(tmp_path, capsys):
+    words = ["--device", "cpu", "--size", "small", "--minutes", "0", "--out", str(tmp_path / "out")]
+    assert gpu_check.main(words) == 1
+    assert capsys.readouterr().out.count("no time was left") == 2 + len(gpu_check.METHODS) * 2
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert found["tests"]["summary"]["failed"] == found["data"]["failed"] == "no time was left"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_says_so_in_one_line(tmp_path):
+    command = ["bash", "scripts/gpu_check.sh", "--out", str(tmp_path / "out")]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: --device cuda: this machine has no CUDA device") and done.stderr.count("\n") == 1
+    )
+    assert not (tmp_path / "out").exists()
