@@ -93,17 +93,20 @@ class Check:
         """What was found so far."""
         (self.out / "gpu_check.json").write_text(json.dumps(self.found, indent=1) + "\n")
 
-    def command(self, words: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    def command(
+        self, words: list[str], environment: dict[str, str] | None = None, reserve: float = 0.0
+    ) -> dict[str, Any]:
         """Run a program of the project in the time that is left.
 
         Args:
             words: after the interpreter.
             environment: variables to add.
+            reserve: share of `--minutes` that is kept for what comes after.
 
         Returns:
             {"code", "output"}, or {"failed": why}.
         """
-        left = self.ends - time.monotonic()
+        left = self.ends - time.monotonic() - 60 * self.arguments.minutes * reserve
         if left <= 0:
             return {"failed": "no time was left"}
         try:
@@ -125,15 +128,15 @@ class Check:
         report = self.out.resolve() / "tests.xml"
         report.unlink(missing_ok=True)
         pytest = ["-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-m", "gpu", "tests/gpu"]
-        ended = self.command([*pytest, f"--junitxml={report}"], {"GPU_CHECK_DEVICE": self.device.type})
+        ended = self.command([*pytest, f"--junitxml={report}"], {"GPU_CHECK_DEVICE": self.device.type}, reserve=0.6)
         if "failed" in ended or not report.is_file():
             why = ended.get("failed") or last_line(ended["errors"] or ended["output"])
             return {"summary": {"failed": why}, "failed": [], "skipped": {}, "seconds": {}}
         return outcomes(report)
 
-    def benchmark(self, words: list[str]) -> dict[str, Any]:
+    def benchmark(self, words: list[str], reserve: float = 0.0) -> dict[str, Any]:
         """The line of JSON of scripts/benchmark, or {"failed": why}."""
-        ended = self.command(["scripts/benchmark", "--device", self.device.type, "--json", *words])
+        ended = self.command(["scripts/benchmark", "--device", self.device.type, "--json", *words], reserve=reserve)
         if "failed" in ended:
             return ended
         if ended["code"]:
@@ -148,7 +151,7 @@ class Check:
             for method in METHODS:
                 print(f"  {method}, batch {batch}", flush=True)
                 words = [*self.options, "--method", method, "--batch_size", str(batch), *FAST]
-                measured = self.benchmark([*words, "--what", "iteration", "memory"])
+                measured = self.benchmark([*words, "--what", "iteration", "memory"], reserve=0.1)
                 found.append({"method": method, "batch": batch} | measured)
                 self.found["iterations"] = found
                 self.write()
@@ -240,7 +243,7 @@ def markdown(found: dict[str, Any]) -> str:
         "eager float32 s",
         "faster",
         "peak MB",
-        "/ floor",
+        "memory / floor",
     ]
     lines += [Table(heads, rows).markdown(), ""]
     data = found["data"]
