@@ -1,5 +1,6 @@
 """What only a GPU can show; skipped without one. `scripts/gpu_check.sh --device cpu` runs these tests on the CPU, to test them."""
 
+import contextlib
 import math
 import os
 import signal
@@ -38,9 +39,11 @@ STEP = f"--task 6-2 --step 0 --method FT --epochs 2 --device {DEVICE.type}"
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """float32 without the TensorFloat-32 of convolutions, and the gate on whichever device."""
+    """float32 without the TensorFloat-32 of convolutions, and the gate on whichever device; on the CPU networks of few channels."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(gate, "ASYNCHRONOUS", ("cuda", DEVICE.type))
+    with thin.program() if DEVICE.type == "cpu" else contextlib.nullcontext():
+        yield
 
 
 def bench_of(text, device=DEVICE):
