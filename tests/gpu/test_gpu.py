@@ -178,4 +178,4 @@ def test_all_devices_train_together(tmp_path):
     folders = [f"--{name}={tmp_path / name}" for name in ("checkpoint", "results", "logdir")]
     done = subprocess.run([*command, *options.split(), *folders], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:2000]
-    assert len(list((tmp_path / "checkpoint" / "step").glob("*_[01].pth"))) == 2
+    assert len(list((tmp_path / "checkpoint").glob("*_[01].pth"))) == 2

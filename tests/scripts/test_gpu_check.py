@@ -1,6 +1,7 @@
 """scripts/gpu_check: what it makes of reports and measurements, and of a time that is too short."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -49,7 +50,8 @@ def test_outcomes_of_a_real_report(tmp_path):
     )
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py", f"--junitxml={report}"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # of this run
+    subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
     found = gpu_check.outcomes(report)
     assert found["summary"] == {"passed": 1, "failed_tests": 2, "skipped": 1}
     assert found["failed"] == ["test_b", "test_d"] and found["skipped"] == {"test_c": "no GPU"}
