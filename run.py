@@ -39,7 +39,7 @@ from methods.dry_run import dry_run
 from segmentation_module import SegmentationModel
 from train import Trainer
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.header import plain_options
+from utils.checkpointing.header import iterations_of, plain_options
 from utils.checkpointing.random_state import seed_everything
 from utils.checkpointing.store import Store
 from utils.errors import UserError
@@ -48,7 +48,7 @@ from utils.options.spelling import given
 from utils.reporting import results, visualize
 from utils.reporting.context import Context
 from utils.reporting.logger import Logger
-from utils.reporting.scores import log_scores
+from utils.reporting.scores import log_folder, log_scores
 from utils.runtime import console, distributed, errors, memory, workers
 from utils.runtime.divergence import REMEDY
 from utils.runtime.errors import NonFiniteLoss, NonFiniteNetwork
@@ -264,8 +264,8 @@ class StepRun:
             origin = results.origin(opts, state["file"], state.get("options"))
             weights = checkpoint_files.digest(state["model_state"])
             distributed.on_main(lambda: results.check(opts, task, origin | {"weights_sha256": weights}))
-            distributed.on_main(self._open_log)
-            iterations = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
+            before, iterations = iterations_of(state)
+            distributed.on_main(lambda: self._open_log(None, before))
             self._test(trainer, data, iterations, state.get("history", []), origin)
         finally:
             data.batches.close()
@@ -396,16 +396,14 @@ class StepRun:
         # The momenta have the sizes of the parameters
         self.store.require_space(checkpoint_files.size([network.state_dict(), *network.parameters(), *kept]))
         results.check(self.opts, self.task, self.origin)
-        self._open_log(0 if fresh else trainer.total_iterations)
+        self._open_log(0 if fresh else trainer.total_iterations, self.store.iterations_before)
         if fresh and (replaced := self.store.begin()):
             self.log.info(
                 f"step {self.task.step} of {self.task.name} is trained again: its last checkpoint is kept as {replaced}"
             )
 
-    def _open_log(self, first_iteration: int | None = None) -> None:
-        opts, task = self.opts, self.task
-        folder = Path(opts.logdir) / f"{task.name}-{task.dataset}" / opts.name / f"step-{task.step}"
-        self.log.open(folder, first_iteration)
+    def _open_log(self, first_iteration: int | None, before: int) -> None:
+        self.log.open(log_folder(self.opts, self.task) / f"step-{self.task.step}", first_iteration, before)
 
     def _save_unfinished(self, trainer: Trainer, data: StepData) -> None:
         place = f"step {self.task.step}, epoch {trainer.epoch + 1}, before iteration {trainer.iteration + 1}"

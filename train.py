@@ -338,8 +338,8 @@ class Trainer(Evaluator):
         if self.iteration % self.opts.print_interval == 0 or self.iteration == 1:
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             scalars = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in values.items()}
-            scalars |= {f"balance/{name}": value for name, value in self._balance().items()}
-            scalars["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+            scalars |= {f"weights/{name}": value for name, value in self._balance().items()}
+            scalars["train/learning_rate"] = self.optimizer.param_groups[-1]["lr"]
             self.log.scalars(scalars, self.total_iterations)
 
     def _balance(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def check_header(path: Path, state: dict[str, Any], own: bool = False) -> None:
         check_history(history)
         known = (described is None and not own) or (isinstance(described, dict) and _is_description(described))
         counted = schedule is None or (isinstance(schedule, dict) and _is_count(schedule.get("last_epoch", 0)))
-        counted = counted and _is_count(state.get("iterations", 0))
+        counted = counted and all(_is_count(state.get(key, 0)) for key in ("iterations", "iterations_before"))
         plain = (
             isinstance(options, dict)
             and all(isinstance(key, str) for key in options)
@@ -101,6 +102,12 @@ def _is_description(described: dict[str, Any]) -> bool:
         return False
     ids = [class_id for ids in steps for class_id in (ids if isinstance(ids, list) and ids else [None])]
     return all(type(class_id) is int and 0 <= class_id <= 255 for class_id in ids) and len(set(ids)) == len(ids)
+
+
+def iterations_of(state: Mapping[str, Any]) -> tuple[int, int]:
+    """Iterations of the steps before that of a checkpoint, as far as it says, and of its own step."""
+    own = state.get("iterations", (state.get("scheduler_state") or {}).get("last_epoch", 0))
+    return state.get("iterations_before", 0), own
 
 
 def describe(task: TaskLike) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from utils.checkpointing import checkpoint_files
-from utils.checkpointing.header import MAY_CHANGE_ON_RESUME, check_header, describe, plain_options
+from utils.checkpointing.header import MAY_CHANGE_ON_RESUME, check_header, describe, iterations_of, plain_options
 from utils.checkpointing.loss_weights import named_loss_weights, stacked, with_loss_weights
 from utils.checkpointing.structure import scales_in_place
 from utils.errors import UserError
@@ -46,6 +46,7 @@ class Store:
         self.damage = ""
         #: SHA-256 of the weights of step t-1, once they are read.
         self.previous_sha256: str | None = None
+        self.iterations_before = 0
 
     def finished(self, step: int) -> Path:
         """Checkpoint of a finished step."""
@@ -152,6 +153,7 @@ class Store:
         state = read(path)
         self._check(path, state, self.task.step - 1)
         self.previous_sha256 = checkpoint_files.digest(state["model_state"])
+        self.iterations_before = sum(iterations_of(state))
         return state
 
     def require_previous(self) -> None:
@@ -244,6 +246,7 @@ class Store:
             "method_state": parts,
             "history": trainer_state["history"],
             "iterations": trainer_state["iterations"],
+            "iterations_before": self.iterations_before,
             "options": plain_options(self.opts),
             "task": describe(self.task),
             **self._origin(),

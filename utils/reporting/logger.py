@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -35,9 +35,10 @@ class Logger:
     def __init__(self, progress: bool = True):
         self.writer: Any = None
         self.flushed_at = 0.0
+        self.before = 0
         self.progress = progress and distributed.is_main()
 
-    def open(self, folder: Path, first_iteration: int | None = None) -> None:
+    def open(self, folder: Path, first_iteration: int | None = None, before: int = 0) -> None:
         """Start writing TensorBoard files. Without tensorboardX none are written, and a note is printed once.
 
         Args:
@@ -45,12 +46,14 @@ class Logger:
             first_iteration: number of iterations done before. Values that an earlier run logged after them are superseded, so that no
                 curve has two values at one place. Its validation after this iteration is superseded too, because it is repeated.
                 None: nothing is superseded.
+            before: iterations of the steps before this one, which are added to every abscissa: curves continue over steps.
 
         Raises:
             UserError: the folder cannot be written.
         """
         if not distributed.is_main():
             return
+        self.before = before
         # Imported here because it is slow, and a dry run does not need it. The SummaryWriter of the library is not used: its thread
         # ends on a full disk, and later calls wait for ever.
         try:
@@ -65,7 +68,9 @@ class Logger:
             folder.mkdir(parents=True, exist_ok=True)
             if first_iteration:
                 kept = {
-                    n: v for n, v in scalars_at(folder, first_iteration).items() if not n.startswith(("val/", "test/"))
+                    n: v
+                    for n, v in scalars_at(folder, before + first_iteration).items()
+                    if not n.startswith(("val/", "test/"))
                 }
             # Readers sort the files by name, and the library's names follow the clock, which may have been set back.
             self.writer = EventsWriter(str(folder / f"events.out.tfevents.{next_number(folder):010}"))
@@ -74,7 +79,8 @@ class Logger:
         self.flushed_at = time.monotonic()
         if first_iteration is not None:
             # Readers drop all values from this iteration on, also those of this iteration, which are therefore written again
-            self._write(first_iteration, session_log=SessionLog(status=SessionLog.START))
+            start = first_iteration or -before  # a step that begins anew supersedes all, wherever earlier values are
+            self._write(start, session_log=SessionLog(status=SessionLog.START))
             self.scalars(kept, first_iteration)
 
     def _note_missing_tensorboard(self) -> None:
@@ -90,7 +96,7 @@ class Logger:
         from tensorboardX.proto.event_pb2 import Event
 
         with self._tolerating_faults():
-            self.writer.write_event(Event(wall_time=time.time(), step=iteration, **content))
+            self.writer.write_event(Event(wall_time=time.time(), step=self.before + iteration, **content))
             if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
                 self.writer.flush()
                 self.flushed_at = time.monotonic()
@@ -148,6 +154,16 @@ class Logger:
             from tensorboardX import summary
 
             self._write(iteration, summary=summary.image(name, picture, dataformats="HWC"))
+
+    def hyperparameters(self, values: Mapping[str, str | float]) -> None:
+        """Log what distinguishes this run from others: text, numbers, and True and False."""
+        if self.writer is not None:
+            from tensorboardX import summary
+
+            # The list of all hyperparameters is not written: TensorBoard makes it from all runs, and would take that of one run alone
+            _, start, end = summary.hparams(dict(values), {})
+            self._write(0, summary=start)
+            self._write(0, summary=end)
 
     def flush(self) -> None:
         """Write all logged values to the file, so that they are kept if the process is killed."""
