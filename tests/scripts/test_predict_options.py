@@ -1,7 +1,10 @@
 """Options of scripts/predict.py: what is written, scales, mirrored pictures, windows, patterns, threads, and refusals."""
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from dataset.transform import normalise
 from modules.inference import make_views
 from scripts import predict
 from tests.support import thin
+from tests.support.paths import ROOT
 from tests.support.tiny_folder import save_image, write_folder
 from utils.checkpointing import checkpoint_files
 
@@ -257,3 +261,31 @@ def test_pictures_of_20000_pixels(trained, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "square.png has too many pixels; there is a limit of" in said and "Traceback" not in said
     assert mask(tmp_path / "out" / "long.png").shape == (40, 20000)
+
+
+# -------------------------------------------------------------------------------- docs
+
+
+def commands_of_the_page():
+    """The commands of docs/data.md that segment pictures, as words after the name of the program."""
+    section = (ROOT / "docs" / "data.md").read_text().partition("## Segmenting your own pictures")[2]
+    block = section.partition("```bash\n")[2].partition("```")[0]
+    return [shlex.split(line)[2:] for line in block.splitlines() if "scripts/predict.py" in line]
+
+
+@pytest.mark.parametrize("words", commands_of_the_page(), ids=" ".join)
+def test_commands_of_the_page(trained, tmp_path, monkeypatch, words):
+    """As they stand there, on a checkpoint and pictures of these names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holiday").mkdir()
+    for number, name in enumerate(("photo.jpg", "street.png", "holiday/a.jpg", "holiday/b.jpg")):
+        save_image(tmp_path / name, number, size=(70, 45))
+    checkpoint = Path(words[0])
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(trained, checkpoint)
+    threads = torch.get_num_threads()
+    try:
+        assert predict.main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert len(list((tmp_path / "runs" / "predictions").rglob("*.overlay.png"))) in (1, 2, 3)
