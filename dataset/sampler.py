@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.base import JoinedSet, SegmentationSet
 from dataset.draws import ClassDraws, ClassShares
+from utils.errors import UserError
 from utils.random_streams import TRAINING, stream_seed
-from utils.runtime import distributed, workers
+from utils.runtime import distributed, memory, workers
 from utils.runtime.signals import StopRequest
 
 
@@ -146,8 +147,12 @@ class Loader:
                 if batch is None:
                     return
                 yield batch
-        except Exception:  # the run ends; torch would first wait five seconds for each process
+        except Exception as error:  # the run ends; torch would first wait five seconds for each process
             workers.kill_workers()
+            if isinstance(error, (ConnectionError, EOFError)) and not str(error).startswith("Caught "):
+                # A worker ended while its batch was fetched: the connection to it breaks. "Caught" begins the message of an error
+                # that the data set itself raised in a worker.
+                raise UserError(memory.WORKER_ENDED) from error
             raise
 
     def close(self) -> None:

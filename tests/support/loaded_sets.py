@@ -46,6 +46,13 @@ class Imported(Four):
         return torch.tensor([name in sys.modules for name in self.names])
 
 
+class Remote(Four):
+    """Samples of a store that closes the connection."""
+
+    def __getitem__(self, index):
+        raise ConnectionResetError("the store of images closed")
+
+
 class Locked(Four):
     """Each sample needs a lock."""
 

@@ -12,6 +12,12 @@ from utils.errors import UserError
 #: Parts of the messages of torch if memory is full, or if the system ended a process because of that.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
+#: What is said of a process that loads data and has ended by itself.
+WORKER_ENDED = (
+    "a process that loads data ended (did the system end it because the memory is full?); "
+    "lower --num_workers, then repeat the command with --resume"
+)
+
 
 def shortage(error: BaseException) -> str:
     """A message for an error whose cause is full memory or a worker process that ended.
@@ -26,10 +32,7 @@ def shortage(error: BaseException) -> str:
     if (
         "DataLoader worker (pid" in text
     ):  # "DataLoader worker process" is in the message of an exception raised in a worker
-        return (
-            "a process that loads data ended (did the system end it because the memory is full?); "
-            "lower --num_workers, then repeat the command with --resume"
-        )
+        return WORKER_ENDED
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in text for sign in _SIGNS):
         return "the memory is full; lower --batch_size or --crop_size, or use --opt_level O1 (--trial_batch checks this at the start)"
     return ""

@@ -1,5 +1,6 @@
 """Processes that load data: whose forks they are, which signals they obey, how they end."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset import sampler
 from dataset.layout import FilePair, Layout
 from dataset.sampler import Loader, PartSampler
 from dataset.source import FileSource
@@ -178,10 +180,28 @@ def test_one_that_is_slow_is_waited_for(monkeypatch):
 
 def test_one_that_is_gone_is_noticed():
     began = time.monotonic()
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(
+        (RuntimeError, UserError)
+    ) as raised:  # torch's error, or that of the connection, whichever is first
         list(loader(loaded_sets.Killed()))
     assert time.monotonic() - began < 15
-    assert "a process that loads data ended" in memory.shortage(raised.value)
+    assert "a process that loads data ended" in (memory.shortage(raised.value) or str(raised.value))
+
+
+def test_one_that_ends_while_its_batch_is_fetched_is_said(monkeypatch):
+    def fetch(_):
+        """What torch raises if the connection to a worker breaks before the system has removed its process."""
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        yield
+
+    monkeypatch.setattr(sampler.DataLoader, "__iter__", fetch)
+    with pytest.raises(UserError, match="a process that loads data ended"):
+        list(loader(loaded_sets.Four()))
+
+
+def test_an_error_of_a_connection_in_the_data_set_is_not_taken_for_a_lost_process():
+    with pytest.raises(ConnectionResetError, match="the store of images closed"):
+        list(loader(loaded_sets.Remote()))
 
 
 def test_a_server_that_is_gone_is_started_again():
