@@ -128,7 +128,7 @@ class Check:
         report = self.out.resolve() / "tests.xml"
         report.unlink(missing_ok=True)
         pytest = ["-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-m", "gpu", "tests/gpu"]
-        ended = self.command([*pytest, f"--junitxml={report}"], {"GPU_CHECK_DEVICE": self.device.type}, reserve=0.6)
+        ended = self.command([*pytest, f"--junitxml={report}"], {"GPU_CHECK_DEVICE": self.device.type}, reserve=0.4)
         if "failed" in ended or not report.is_file():
             why = ended.get("failed") or last_line(ended["errors"] or ended["output"])
             return {"summary": {"failed": why}, "failed": [], "skipped": {}, "seconds": {}}
