@@ -1,6 +1,6 @@
 """LSKD: layer-specific knowledge distillation. Each tap has its own kind of distillation and its own weight.
 
-With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask of the features that belong to old classes:
+With x the images, y the pseudo-labels, a and b a tap of teacher and student, and M a mask of the features that are distilled:
 
     views   x_o = x without its old pixels, x_n = x without its new ones; inputs of the teacher            (utils.masks)
     mask    M keeps features that change little without old pixels, or much without new pixels             (utils.masks)

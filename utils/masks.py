@@ -1,8 +1,9 @@
-"""LSKD's erased views of a batch, and the masks of the teacher's features that belong to old classes.
+"""LSKD's erased views of a batch, and the masks of the features that LSKD distils.
 
 The frozen teacher computes the features of an image x three times: of the whole image, with the old pixels erased (x_o), and with the
 new pixels erased (x_n). A feature is kept where erasing the old pixels changes it little, or erasing the new pixels changes it much.
-This is the released rule; a small change is a high cosine, or a low distance.
+This is the released rule; a small change is a high cosine, or a low distance. On drawn scenes it keeps the features of new objects and
+few of old ones (docs/results, "What the masks cover").
 
 Reference:
     "Layer-Specific Knowledge Distillation for Class Incremental Semantic Segmentation", IEEE TIP 2024, mask-guided
