@@ -92,7 +92,9 @@ class Logger:
             )
 
     def _write(self, iteration: int, **content: Any) -> None:
-        """Append an event to the file."""
+        """Append an event to the file, unless a fault has ended the log."""
+        if self.writer is None:
+            return
         from tensorboardX.proto.event_pb2 import Event
 
         with self._tolerating_faults():

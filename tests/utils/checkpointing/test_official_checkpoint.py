@@ -16,7 +16,7 @@ from utils.checkpointing.store import read
 OFFICIAL = json.loads((FACTS / "official_state_dict.json").read_text())["resnet18"]
 LOSS_WEIGHTS = "module.head.lossweights"
 KEYS = ["epoch", "model_state", "optimizer_state", "scheduler_state", "best_score", "trainer_state"]
-OWN_KEYS = {"history", "iterations", "options", "task", "method_state"}
+OWN_KEYS = {"history", "iterations", "iterations_before", "options", "task", "method_state"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 

@@ -268,6 +268,7 @@ MET = {
     "no --nest, which takes its place": "",
     "--dataset folder": "--dataset folder",
     "--lr_policy poly": "",
+    "--balance rge": "--balance rge",
     "a first --step above 0": "--step 1",
     "a --step above 0": "--step 1",
     "a training (not --test, --dry_run or --check_data)": "",
@@ -279,6 +280,7 @@ UNMET = {
     "no --init_balanced, which wins": "--init_balanced",
     "no --nest, which takes its place": "--nest",
     "--lr_policy poly": "--lr_policy step",
+    "--balance rge": "--balance sum",
     "a first --step above 0": "--step 0",
     "a training (not --test, --dry_run or --check_data)": "--test",
 }
