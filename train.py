@@ -21,9 +21,9 @@ from tqdm import tqdm
 import dataset
 from dataset.sampler import EvaluationBatches, TrainingBatches
 from dataset.tasks import Task
-from evaluation import Evaluator
 from methods.base import Method
 from methods.phase import PhaseRun
+from metrics.evaluation import Evaluator
 from metrics.summary import of_old_and_new
 from segmentation_module import SegmentationModel
 from utils import scheduler

@@ -17,7 +17,7 @@ dataset modules
 segmentation_module
 methods
 argparser
-evaluation
+metrics.evaluation
 train
 run"""
 HEIGHT = {name: height for height, layer in enumerate(LAYERS.splitlines()) for name in layer.split()}

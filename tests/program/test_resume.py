@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-import evaluation
 import run
 import train
+from metrics import evaluation
 from tests.stress.fault_saving import make_older
 from tests.support import thin
 from tests.support.events import curves, read_events
