@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image, ImageDraw
 
 from tests.support.paths import ROOT
@@ -50,10 +49,8 @@ def draw_desk(folder):
         mask.save(folder / "masks" / f"{number:02}.png")
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """The folder in which all commands of the page were run, with what each of them printed."""
-    folder = tmp_path_factory.mktemp("own data")
+def run_page(folder):
+    """Run all commands of the page in a folder; returns what each of them printed."""
     for name in ("run.py", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     draw_desk(folder / "desk")
@@ -69,19 +66,17 @@ def desk(tmp_path_factory):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout)
-    return folder, said
+    return said
 
 
-def test_the_checks_find_what_the_page_says(desk):
-    folder, said = desk
+def check_what_the_checks_print(folder, said):
     dry = [json.loads(line) for line in said[5].splitlines() if line.startswith("{")]
     assert [step["step"] for step in dry] == [0, 1]
     assert len((folder / "desk/splits/train.txt").read_text().splitlines()) == 16
     assert len((folder / "desk/splits/val.txt").read_text().splitlines()) == 4
 
 
-def test_training_learns_the_things(desk):
-    folder, _ = desk
+def check_what_was_learned(folder):
     for step in (0, 1):
         assert (folder / "checkpoints" / "step" / f"desk-folder_first_{step}.pth").is_file()
     (results,) = (folder / "results").glob("*.json")
@@ -91,14 +86,22 @@ def test_training_learns_the_things(desk):
     assert steps["1"]["class_iou"]["spoon"] > 0.1
 
 
-def test_there_is_a_page_and_a_prediction_for_every_picture(desk):
-    folder, _ = desk
+def check_the_page_and_the_predictions(folder):
     assert (folder / "runs/desk/report.html").stat().st_size > 10_000
     predictions = folder / "runs/desk/predictions"
     for number in range(1, 21):
         ids = Image.open(predictions / f"{number:02}.png")
         assert ids.size == (96, 72) and set(np.unique(ids)) <= {0, 1, 2, 3}
         assert Image.open(predictions / f"{number:02}.overlay.png").size == (96, 72)
+
+
+def test_the_page_as_it_is(tmp_path):
+    """One test, because several would run the page again in each process of the tests."""
+    folder = tmp_path / "own data"
+    folder.mkdir()
+    check_what_the_checks_print(folder, run_page(folder))
+    check_what_was_learned(folder)
+    check_the_page_and_the_predictions(folder)
 
 
 def test_the_page_has_the_files_that_the_test_draws():
