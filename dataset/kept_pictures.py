@@ -19,7 +19,7 @@ Predict = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def keep_pictures(opts: Namespace, task: Task, predict: Predict, log: Logger, iterations: int) -> None:
-    """Write image, labels and prediction of some test images beside the results, and to TensorBoard with `--visualize`.
+    """Write image, labels and prediction of some test images beside the results, and panels of them to TensorBoard with `--visualize`.
 
     If they cannot be written, a note is logged and the run continues: the scores are recorded already.
 
@@ -39,13 +39,12 @@ def keep_pictures(opts: Namespace, task: Task, predict: Predict, log: Logger, it
     samples = [Sample(*parts) for parts in zip(pixels, (truth.numpy() for truth in truths), masks)]
     names, ids = dataset.class_names(opts), task.at(task.last_step).label_ids
     legend = Legend.of_task([names[label] for label in ids], ids, dataset.colours(opts))
+    panels = [pictures.panel(sample, legend, f"{task.name}, after step {task.step}") for sample in samples]
+    folder = pictures.folder_of(results.csv_path(opts, task))
     try:
-        pictures.write(pictures.folder_of(results.csv_path(opts, task)), task.step, samples, legend)
+        pictures.write(folder, task.step, samples, legend)
+        pictures.write_panels(folder, task.step, panels)
     except OSError as error:
         log.info(f"note: the pictures of step {task.step} are not kept: {error}")
-    for number, sample in enumerate(samples if opts.visualize else ()):
-        log.image(
-            f"test/picture{number}",
-            pictures.panel(sample, legend, f"{task.name}, after step {task.step}"),
-            iterations,
-        )
+    for number, panel in enumerate(panels if opts.visualize else ()):
+        log.image(f"test/picture{number}", panel, iterations)

@@ -408,6 +408,10 @@ def test_the_same_test_images_are_kept_after_every_step(trained):
     truth, prediction = (np.asarray(Image.open(path)) for path in (shown.rows[0][1], shown.rows[0][3]))
     assert truth.shape == prediction.shape == (32, 32) and set(shown.legend) <= set(shapes.CLASSES)
     assert max(np.asarray(Image.open(row[1])).max() for row in shown.rows) >= 6  # a class of a later step is shown
+    panels = sorted((trained / "results" / "d_shapes_6-2_n_pictures").glob("*_panel.png"))
+    assert len(panels) == 8 and all(
+        Image.open(path).height > 32 for path in panels
+    )  # a title and a legend are around the pictures
 
 
 def test_no_pictures_on_request(tmp_path):

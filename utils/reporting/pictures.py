@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.types import IGNORE
 
 _STEP = re.compile(r"(\d{1,4})_step(\d{1,4})\.png")
+_OF_STEP = re.compile(r"\d{1,4}_step(\d{1,4})(_panel)?\.png")
 #: Sides of the margin and of the squares of a legend, and height of a line of text, in pixels.
 _MARGIN, _LINE = 6, 16
 
@@ -115,6 +116,21 @@ def write(folder: Path, step: int, samples: Sequence[Sample], legend: Legend) ->
     (folder / "legend.json").write_text(json.dumps(described), encoding="utf-8")
 
 
+def write_panels(folder: Path, step: int, panels: Sequence[np.ndarray]) -> None:
+    """Write the panels of a step, pictures for people: `N_stepT_panel.png`.
+
+    Args:
+        folder: of `folder_of`, where `write` has written.
+        step: that was tested.
+        panels: of `panel`, in the order of the images.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    for number, picture in enumerate(panels):
+        _write_image(Image.fromarray(picture), folder / f"{number}_step{step}_panel.png")
+
+
 def _write_image(picture: Image.Image, path: Path) -> None:
     """Write under another name and rename, so that an interrupted run leaves no incomplete picture."""
     aside = path.with_suffix(".writing")
@@ -130,7 +146,7 @@ def copy_steps(source: Path, target: Path, last_step: int) -> None:
         last_step: the last step that is copied.
     """
     found = [
-        path for path in source.glob("*_step*.png") if (m := _STEP.fullmatch(path.name)) and int(m[2]) <= last_step
+        path for path in source.glob("*_step*.png") if (m := _OF_STEP.fullmatch(path.name)) and int(m[1]) <= last_step
     ]
     if not found:
         return

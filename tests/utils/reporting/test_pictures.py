@@ -49,9 +49,12 @@ def test_a_run_without_pictures_or_with_a_foreign_folder_has_none(run, tmp_path)
 
 
 def test_pictures_of_a_shared_step_0_are_copied(run, tmp_path):
+    for step in (0, 1):
+        pictures.write_panels(pictures.folder_of(run), step, [pictures.panel(sample(1, 0), LEGEND, "t")])
     target = pictures.folder_of(tmp_path / "later.json")
     pictures.copy_steps(pictures.folder_of(run), target, 0)
     assert pictures.read(tmp_path / "later.json").steps == [0]
+    assert [path.name for path in target.glob("*_panel.png")] == ["0_step0_panel.png"]
     pictures.copy_steps(tmp_path / "nowhere", tmp_path / "nothing", 0)
     assert not (tmp_path / "nothing").exists()
 
