@@ -60,20 +60,20 @@ def read_class_file(path: Path, hint: str) -> ClassFile:
     if not any(found):
         return _checked(ClassFile(path, tuple(lines)))
     names: list[str] = []
-    homes: dict[Colour, str] = {}
+    name_of: dict[Colour, str] = {}
     for line, match in zip(lines, found):
         if match is None:
             raise UserError(
                 f"{path}: the line {line!r:.80} has no colour, but others have; write NAME RED GREEN BLUE in every line"
             )
         colour = _colour(match, path)
-        if colour in homes:
-            raise UserError(f"{path}: {homes[colour]!r} and {match[1]!r} have the same colour {colour}")
-        homes[colour] = match[1]
+        if colour in name_of:
+            raise UserError(f"{path}: {name_of[colour]!r} and {match[1]!r} have the same colour {colour}")
+        name_of[colour] = match[1]
         if match[1] != IGNORED:
             names.append(match[1])
-    colours = tuple(colour for colour, name in homes.items() if name != IGNORED)
-    ignored = tuple(colour for colour, name in homes.items() if name == IGNORED)
+    colours = tuple(colour for colour, name in name_of.items() if name != IGNORED)
+    ignored = tuple(colour for colour, name in name_of.items() if name == IGNORED)
     return _checked(ClassFile(path, tuple(names), colours, ignored))
 
 
