@@ -38,8 +38,7 @@ from utils.errors import UserError  # noqa: E402
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of this script, and run.py's under `words`."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    mine, words = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    mine, words = plan.split_words(argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="what follows -- goes to run.py")
     parser.add_argument("search", type=Path, help="YAML or JSON file, such as scripts/studies/tune_shapes.yaml")
     parser.add_argument("--out", type=Path, default=None, help="folder of all files (default: runs/NAME)")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -302,6 +303,17 @@ def beside(options: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     files = {name: path.parent / value for name, value in options.items() if name in FILES and isinstance(value, str)}
     return {**options, **{name: str(file) for name, file in files.items() if file.is_file()}}
+
+
+def split_words(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The arguments before the first "--", which are those of a script, and those after it, which are run.py's.
+
+    Args:
+        argv: of the script; None: those of the process.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    return given[:end], given[end + 1 :]
 
 
 def file_name(text: str) -> str:
