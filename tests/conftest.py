@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 import pytest
 import torch
 
+from tests.support import thin
 from utils.runtime import gate
 
 torch.set_num_threads(1)
@@ -18,3 +19,10 @@ def counted(request, monkeypatch):
     if not request.param:
         monkeypatch.setattr(gate, "ASYNCHRONOUS", ("cuda", "cpu"))
     return request.param
+
+
+@pytest.fixture
+def small():
+    """Networks of the program have few channels (`tests.support.thin`)."""
+    with thin.program():
+        yield

@@ -11,11 +11,7 @@ from tests.support import thin
 from train import Trainer
 from utils.checkpointing import checkpoint_files
 
-
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 PENALTY = ("regularizer", "the penalty is stable at --lr 0.01 up to --reg_importance ", 10)

@@ -26,10 +26,7 @@ STEP = "--task 6-2 --step 0 --method FT"
 MASKED = ("UCD", "REMINDER", "SDR")
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture

@@ -12,10 +12,7 @@ from utils.checkpointing import checkpoint_files
 STEP = "--task 6-2 --step 0 --method FT"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def files(folder):

@@ -11,11 +11,7 @@ from tests.support import thin, tiny_folder
 from train import Trainer
 from utils.checkpointing import checkpoint_files
 
-
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def interrupted(folder, text, monkeypatch):

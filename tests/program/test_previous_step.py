@@ -10,10 +10,7 @@ STEP0 = "--task 6-2 --step 0 --method FT"
 STEP1 = "--task 6-2 --step 1 --method PLOP --epochs 2"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def train_again(folder):

@@ -15,10 +15,7 @@ from train import Trainer
 WORDS = "--task 6-2 --step 0 --epochs 3"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture

@@ -17,10 +17,7 @@ from utils.runtime import memory
 BASE = "6-2-shapes_n_0.pth"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

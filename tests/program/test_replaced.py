@@ -9,10 +9,7 @@ from tests.support import thin
 TEXT = "--task 6-2 --method FT --step 0"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def files(folder):

@@ -42,10 +42,7 @@ class Killed(BaseException):
     """What SIGKILL leaves of a run, as far as one process can play it: nothing below catches it."""
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,7 @@ BASE = "6-2-shapes_n_0.pth"
 OWN = {"options", "task", "history", "iterations", "iterations_before", "method_state", "previous_sha256"}
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def start(folder, text):

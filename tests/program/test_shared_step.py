@@ -9,11 +9,7 @@ from scripts import average_csv
 from tests.support import thin
 from utils.checkpointing import checkpoint_files
 
-
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

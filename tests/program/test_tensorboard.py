@@ -12,10 +12,7 @@ from utils.reporting.logger import Logger
 STEPS = "--task 6-2 --print_interval 1"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def start(folder, text):

@@ -23,10 +23,7 @@ from utils.runtime.signals import Stopped
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 class Loader(FixedBatches):

@@ -9,7 +9,6 @@ import methods
 from dataset.sampler import FixedBatches
 from scripts.benchmark.__main__ import parse
 from scripts.benchmark.workbench import Workbench
-from tests.support import thin
 from utils.checkpointing.checkpoint_files import digest
 from utils.checkpointing.random_state import seed_everything
 from utils.optimizer import allocate_momenta
@@ -18,10 +17,7 @@ from utils.runtime.errors import NonFiniteLoss
 SMALL = "--backbone resnet18 --crop_size 64 --old_classes 4 --new_classes 2 --device cpu"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def bench_of(text):

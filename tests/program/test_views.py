@@ -14,11 +14,7 @@ from scripts import predict
 from tests.support import thin
 from utils.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

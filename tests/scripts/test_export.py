@@ -18,10 +18,7 @@ def checkpoint(tmp_path_factory):
     return folder / "checkpoints" / "6-4-shapes_n_1.pth"
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def logits(checkpoint, images):

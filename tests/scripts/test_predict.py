@@ -24,10 +24,7 @@ CHECKPOINT = "6-2-shapes_n_1.pth"
 SHARED = ["areas.json", "legend.png"]
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

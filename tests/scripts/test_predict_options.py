@@ -38,10 +38,7 @@ class Recorder(nn.Module):
         return self.network(images, full_size)
 
 
-@pytest.fixture(autouse=True)
-def small():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
