@@ -104,6 +104,7 @@ def test_curves_over_steps_are_those_of_the_results(trained):
 
 def test_options_are_hyperparameters(trained):
     found = events.hyperparameters(logs(trained))
+    assert "step_ckpt" not in found, "a path is no hyperparameter"
     assert (found["method"], found["backbone"], found["batch_size"]) == ("LSKD", "resnet18", 2)
     assert found["lr"] == "[0.01]" and found["overlap"] is True
     assert not {"results", "name", "logdir", "data_root", "threads"} & found.keys()
