@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,8 @@ SIZES: dict[str, tuple[list[str], tuple[int, ...]]] = {
 }
 #: What is compared with eager float32.
 FAST = ["--amp_dtype", "bfloat16", "--channels_last"]
+#: For a program whose time is over.
+SECONDS_TO_END = 30
 #: Operations of the profile.
 SHOWN = 10
 
@@ -109,19 +112,25 @@ class Check:
         left = self.ends - time.monotonic() - 60 * self.arguments.minutes * reserve
         if left <= 0:
             return {"failed": "no time was left"}
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=os.environ | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, *words],
-                cwd=ROOT,
-                env=os.environ | (environment or {}),
-                capture_output=True,
-                text=True,
-                timeout=left,
-                check=False,
-            )
+            output, errors = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest still writes its report of the tests that ended
+            try:
+                process.communicate(timeout=SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
             return {"failed": "it took longer than the time that was left"}
-        return {"code": done.returncode, "output": done.stdout, "errors": done.stderr}
+        return {"code": process.returncode, "output": output, "errors": errors}
 
     def tests(self) -> dict[str, Any]:
         """Outcomes of the tests that are marked `gpu`."""
@@ -129,10 +138,13 @@ class Check:
         report.unlink(missing_ok=True)
         pytest = ["-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-m", "gpu", "tests/gpu"]
         ended = self.command([*pytest, f"--junitxml={report}"], {"GPU_CHECK_DEVICE": self.device.type}, reserve=0.4)
-        if "failed" in ended or not report.is_file():
+        if not report.is_file():
             why = ended.get("failed") or last_line(ended["errors"] or ended["output"])
             return {"summary": {"failed": why}, "failed": [], "skipped": {}, "seconds": {}}
-        return outcomes(report)
+        found = outcomes(report, cut="failed" in ended)
+        if "failed" in ended:
+            found["summary"]["failed"] = f"{ended['failed']}; until then {counts_of(found['summary'])}"
+        return found
 
     def benchmark(self, words: list[str], reserve: float = 0.0) -> dict[str, Any]:
         """The line of JSON of scripts/benchmark, or {"failed": why}."""
@@ -201,17 +213,19 @@ def last_line(text: str) -> str:
     return lines[-1][:120] if lines else "it ended with an error and said nothing"
 
 
-def outcomes(report: Path) -> dict[str, Any]:
+def outcomes(report: Path, cut: bool = False) -> dict[str, Any]:
     """What pytest's report says.
 
     Args:
         report: file of `--junitxml`.
+        cut: pytest was interrupted. The report names the test that was running last, as if it had passed; it is left out.
 
     Returns:
         "summary": numbers by outcome; "failed": names; "skipped": reasons by name; "seconds" by name.
     """
     failed, skipped, seconds, number = [], {}, {}, 0
-    for case in ElementTree.parse(report).iter("testcase"):
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    for case in cases[:-1] if cut else cases:
         name, number = str(case.get("name")), number + 1
         seconds[name] = float(case.get("time") or 0)
         reason = case.find("skipped")
@@ -222,6 +236,11 @@ def outcomes(report: Path) -> dict[str, Any]:
     passed = number - len(failed) - len(skipped)
     summary = {"passed": passed, "failed_tests": len(failed), "skipped": len(skipped)}
     return {"summary": summary, "failed": failed, "skipped": skipped, "seconds": seconds}
+
+
+def counts_of(summary: dict[str, Any]) -> str:
+    """Numbers of tests by outcome, as text."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items())
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -257,7 +276,7 @@ def markdown(found: dict[str, Any]) -> str:
         )
         lines.append(f"Data: a training sample takes {data['sample_ms']:.1f} ms in one process; {rate}.")
     summary = found["tests"]["summary"]
-    said = summary.get("failed") or ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items())
+    said = summary.get("failed") or counts_of(summary)
     lines += ["", f"Tests: {said}.", *(f"- failed: `{name}`" for name in found["tests"]["failed"])]
     lines += ["", "Operations of an LSKD iteration:", ""]
     shown = [
@@ -286,15 +305,20 @@ def iteration_row(case: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 if all tests passed and everything was measured, 1 if not, 2 after a message for arguments that cannot work."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--device", default="cuda", choices=["cuda", "cpu"], help="where to test and measure")
     add("--size", default="full", choices=list(SIZES), help="full: ResNet-101 at 512 px; small: to test this program")
     add("--minutes", type=float, default=25.0, help="what would take longer is left out")
     add("--out", default="runs/gpu_check", help="folder of gpu_check.json, gpu_check.md and tests.xml")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all tests passed and everything was measured, 1 if not, 2 after a message for arguments that cannot work."""
+    arguments = parse(argv)
     try:
         check = Check(arguments, choose_device(arguments.device))
         complete = check.run()

@@ -66,6 +66,32 @@ def test_without_time_everything_is_named_as_not_measured(tmp_path, capsys):
     assert found["tests"]["summary"]["failed"] == found["data"]["failed"] == "no time was left"
 
 
+def test_tests_that_ended_are_kept_if_the_others_take_too_long(tmp_path, monkeypatch):
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "gpu" / "test_slow.py").write_text(
+        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\n"
+        "def test_c(): time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    words = ["--device", "cpu", "--size", "small", "--minutes", "0.4", "--out", str(tmp_path / "out")]
+    check = gpu_check.Check(gpu_check.parse(words), torch.device("cpu"))
+    found = check.tests()
+    assert found["failed"] == ["test_b"] and found["seconds"].keys() == {"test_a", "test_b"}
+    said = "it took longer than the time that was left; until then 1 passed, 1 failed tests"
+    assert found["summary"]["failed"].startswith(said)
+
+
+def test_without_torch_the_script_says_so_in_one_line(tmp_path):
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\nexit 1\n")
+    without.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(without)}
+    done = subprocess.run(["bash", "scripts/gpu_check.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and str(without) in done.stderr and "torch" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_script_says_so_in_one_line(tmp_path):
     command = ["bash", "scripts/gpu_check.sh", "--out", str(tmp_path / "out")]
