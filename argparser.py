@@ -256,7 +256,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="file of lines NAME R G B: the colours of the classes in masks of --dataset folder",
     )
-    add("--num_classes", type=int, default=None, help="no effect: the data set knows")
+    add("--num_classes", type=int, default=None, help="no effect: the data set determines the classes")
     add("--num_workers", type=int, default=1, help="worker processes that load data, for each training process")
     add("--batch_size", type=int, default=4, help="images of a batch, for each training process")
     add("--crop_size", type=int, default=512, help="side of a training crop and of a validation crop, in pixels")
@@ -368,7 +368,7 @@ def _precision(parser: argparse.ArgumentParser) -> None:
         choices=["float16", "bfloat16"],
         help="half type; none: float16 on CUDA, else bfloat16",
     )
-    add("--amp_backend", default="torch", choices=["torch", "apex"], help="who does mixed precision")
+    add("--amp_backend", default="torch", choices=["torch", "apex"], help="library of mixed precision")
     switch("--channels_last", help="keep images and weights channels-last in memory")
     switch(
         "--compile",
@@ -388,7 +388,10 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     )
     switch("--val_on_trainset", help="test on the training images")
     switch("--cross_val", help="hold out a fifth of the training images for validation")
-    sure = "validate old classes too: a background pixel is of the class of which the teacher is so sure (0 to 1), or ignored"
+    sure = (
+        "validate old classes too: a background pixel counts as the class to which the teacher gives at least this probability, "
+        "and is ignored if there is none"
+    )
     add("--val_by_teacher", type=float, default=None, help=sure)
     switch("--no_test", help="train without a test: no test image is read, and no results are written")
     switch("--ignore_test_bg", help="do not count background pixels in tests")

@@ -150,7 +150,12 @@ class LayerSpecificDistillation(Part):
             choices=["rge", "sum"],
             help="weights of the terms: λ by gradient equilibrium, or ones",
         )
-        for letter, what in (("alpha", "exponent of ρ"), ("beta", "order of stages"), ("gamma", "CE against KD")):
+        meanings = {
+            "alpha": "exponent of ρ",
+            "beta": "factor of the penalty on the order of the taps' weights",
+            "gamma": "factor of the penalty between cross entropy and distillation",
+        }
+        for letter, what in meanings.items():
             explained = f"gradient equilibrium: {what}"
             named(f"adaptive{letter}", f"rge_{letter}", type=float, default=0.5, help=explained)
         often = "gradient equilibrium: iterations from one measurement of the gradients to the next"

@@ -169,7 +169,8 @@ class Coefficients(NamedTuple):
     """How λ is balanced.
 
     Attributes:
-        alpha, beta, gamma: of L̃: exponent of ρ, order of the taps' weights, cross entropy against distillation.
+        alpha: exponent of ρ.
+        beta, gamma: factors in L̃ of the penalty on the order of the taps' weights and of that between cross entropy and distillation.
         interval: iterations from one measurement of the gradients to the next.
     """
 
