@@ -4,22 +4,13 @@
 #   DATA_ROOT=/data GPUS=4 METHOD=LSKD scripts/ade/100-5.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/common.sh
+source scripts/common.sh # METHOD, GPUS and further variables
 
-DATA_ROOT=${DATA_ROOT:-data}
-METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
-GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5 6 7 8 9 10"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-60}
 case $METHOD in # as published; 60 epochs where nothing is
     REMINDER) EPOCHS=${EPOCHS:-70} BATCH=${BATCH:-$((10 / GPUS))} ;;
-    *) EPOCHS=${EPOCHS:-60} ;;
 esac
-# further variables: scripts/common.sh
-# shellcheck source=scripts/common.sh
-source scripts/common.sh
-
-for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=$FIRST_LR epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
-    train_step "$step" "$lr" "$epochs" --dataset ade --task 100-5 --overlap --method "$METHOD" "$@"
-done
-summary ade 100-5
+EPOCHS=${EPOCHS:-60}
+train_steps ade 100-5 "$EPOCHS" --overlap "$@"

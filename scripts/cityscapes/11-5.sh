@@ -5,18 +5,9 @@
 #   DATA_ROOT=/data GPUS=4 METHOD=PLOP scripts/cityscapes/11-5.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/common.sh
+source scripts/common.sh # METHOD, GPUS and further variables
 
-DATA_ROOT=${DATA_ROOT:-data}
-METHOD=${METHOD:-PLOP} # or LSKD, FT, ...: python run.py --list_methods
-GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2"}
 EPOCHS=${EPOCHS:-50}
-# further variables: scripts/common.sh
-# shellcheck source=scripts/common.sh
-source scripts/common.sh
-
-for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=$FIRST_LR; else lr=0.001; fi
-    train_step "$step" "$lr" "$EPOCHS" --dataset cityscapes_domain --task 11-5 --method "$METHOD" "$@"
-done
-summary cityscapes_domain 11-5
+train_steps cityscapes_domain 11-5 "$EPOCHS" "$@"

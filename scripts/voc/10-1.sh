@@ -4,24 +4,15 @@
 #   DATA_ROOT=/data GPUS=4 METHOD=LSKD scripts/voc/10-1.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/common.sh
+source scripts/common.sh # METHOD, GPUS and further variables
 
-DATA_ROOT=${DATA_ROOT:-data}
-METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
-GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5 6 7 8 9 10"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
 case $METHOD in # as published; 30 where nothing is
     PLOP | *+NeST) EPOCHS=${EPOCHS:-10} ;;
     LSKD) EPOCHS=${EPOCHS:-20} ;;
-    RCIL) FIRST_LR=${FIRST_LR:-0.02} EPOCHS=${EPOCHS:-30} ;;
-    *) EPOCHS=${EPOCHS:-30} ;;
+    RCIL) FIRST_LR=${FIRST_LR:-0.02} ;;
 esac
-# further variables: scripts/common.sh
-# shellcheck source=scripts/common.sh
-source scripts/common.sh
-
-for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=$FIRST_LR epochs=$FIRST_EPOCHS; else lr=0.001 epochs=$EPOCHS; fi
-    train_step "$step" "$lr" "$epochs" --dataset voc --task 10-1 --overlap --method "$METHOD" "$@"
-done
-summary voc 10-1
+EPOCHS=${EPOCHS:-30}
+train_steps voc 10-1 "$EPOCHS" --overlap "$@"

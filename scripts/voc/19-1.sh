@@ -5,36 +5,19 @@
 #   DATA_ROOT=/data GPUS=4 METHOD=LSKD scripts/voc/19-1.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/common.sh
+source scripts/common.sh # METHOD, GPUS and further variables
 
-DATA_ROOT=${DATA_ROOT:-data}
-METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
-GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1"}
 FIRST_EPOCHS=${FIRST_EPOCHS:-30}
-case $METHOD in # as published
-    ALIFE | ALIFE-M) EPOCHS=${EPOCHS:-5} ;;
-    *) EPOCHS=${EPOCHS:-30} ;;
-esac
 setting=(--overlap)
-first=(--method "$METHOD")
-case $METHOD in # as published
+case $METHOD in # as published; 30 epochs where nothing is
+    ALIFE | ALIFE-M) EPOCHS=${EPOCHS:-5} ;;
     SDR)
         FIRST_LR=${FIRST_LR:-0.001} LR=${LR:-0.0001} BATCH=${BATCH:-$((8 / GPUS))} OPT_LEVEL=${OPT_LEVEL:-O0}
+        FIRST_METHOD="FT --unce --loss_de_prototypes 1"
         setting=()
-        first=(--method FT --unce --loss_de_prototypes 1)
         ;;
 esac
-LR=${LR:-0.001}
-# further variables: scripts/common.sh
-# shellcheck source=scripts/common.sh
-source scripts/common.sh
-
-for step in $STEPS; do
-    if [[ $step == 0 ]]; then
-        lr=$FIRST_LR epochs=$FIRST_EPOCHS method=("${first[@]}")
-    else
-        lr=$LR epochs=$EPOCHS method=(--method "$METHOD")
-    fi
-    train_step "$step" "$lr" "$epochs" --dataset voc --task 19-1 ${setting[@]+"${setting[@]}"} "${method[@]}" "$@"
-done
-summary voc 19-1
+EPOCHS=${EPOCHS:-30}
+train_steps voc 19-1 "$EPOCHS" ${setting[@]+"${setting[@]}"} "$@"

@@ -5,18 +5,10 @@
 #   DATA_ROOT=/data GPUS=4 METHOD=MiB+AWT scripts/voc/5-3.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/common.sh
+source scripts/common.sh # METHOD, GPUS and further variables
 
-DATA_ROOT=${DATA_ROOT:-data}
-METHOD=${METHOD:-PLOP} # or LSKD, MiB, ...: python run.py --list_methods
-GPUS=${GPUS:-2}
 STEPS=${STEPS:-"0 1 2 3 4 5"}
 EPOCHS=${EPOCHS:-30}
-# further variables: scripts/common.sh
-# shellcheck source=scripts/common.sh
-source scripts/common.sh
-
-for step in $STEPS; do
-    if [[ $step == 0 ]]; then lr=$FIRST_LR; else lr=0.001; fi
-    train_step "$step" "$lr" "$EPOCHS" --dataset voc --task_file scripts/voc/5-3.json --overlap --method "$METHOD" "$@"
-done
-summary voc 5-3
+TASK_FILE=scripts/voc/5-3.json
+train_steps voc 5-3 "$EPOCHS" --overlap "$@"
