@@ -18,10 +18,7 @@ TEXT = "--method ALIFE-M --task 6-2 --lr 0.001 --alife_memory 3 --alife_rotation
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +30,8 @@ def finished(tmp_path_factory):
     return folder
 
 
-def checkpoint(folder, step):
-    return folder / "checkpoints" / f"6-2-shapes_n_{step}.pth"
-
-
 def memory_of(folder, step):
-    return read(checkpoint(folder, step))["method_state"]["alife"]
+    return read(thin.checkpoint(folder, step))["method_state"]["alife"]
 
 
 def part_of(step, kind=FeatureReplay):
@@ -172,10 +165,10 @@ def test_the_terms_of_the_replay_by_hand():
 
 
 def test_the_replay_trains_all_classifiers_and_nothing_else(finished, tmp_path):
-    start = f"--step 1 --step_ckpt '{checkpoint(finished, 0)}'"
+    start = f"--step 1 --step_ckpt '{thin.checkpoint(finished, 0)}'"
     for name, words in (("without", "--alife_replay_epochs 0"), ("with", "")):
         assert thin.launch(tmp_path / name, f"{TEXT} {start} {words}") == 0
-    before, after = (read(checkpoint(tmp_path / name, 1))["model_state"] for name in ("without", "with"))
+    before, after = (read(thin.checkpoint(tmp_path / name, 1))["model_state"] for name in ("without", "with"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {f"cls.{step}.{kind}" for step in (0, 1) for kind in ("weight", "bias")}
 
@@ -275,10 +268,10 @@ def test_what_cannot_work_is_refused(words, said, tmp_path, capsys):
 
 def test_step_0_of_any_method_serves_alife_but_the_memory_needs_its_own(finished, tmp_path, capsys):
     assert thin.launch(tmp_path, "--task 6-2 --method FT --step 0 --shapes_train 2") == 0
-    start = f"--task 6-2 --step 1 --step_ckpt '{checkpoint(tmp_path, 0)}'"
+    start = f"--task 6-2 --step 1 --step_ckpt '{thin.checkpoint(tmp_path, 0)}'"
     assert thin.launch(tmp_path / "plain", f"{start} --method ALIFE") == 0
     assert thin.launch(tmp_path / "memory", f"{start} --method ALIFE-M") == 2
     assert "train it again with --method ALIFE-M" in capsys.readouterr().err
-    words = f"{TEXT} --step 1 --step_ckpt '{checkpoint(finished, 0)}' --alife_memory 4"
+    words = f"{TEXT} --step 1 --step_ckpt '{thin.checkpoint(finished, 0)}' --alife_memory 4"
     assert thin.launch(tmp_path / "other", words) == 2
     assert "are not 7 classes of 4 finite vectors" in capsys.readouterr().err

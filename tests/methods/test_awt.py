@@ -24,10 +24,7 @@ CPU = torch.device("cpu")
 NO_PIXEL = (0, 0, 0, 0)
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 class Features(torch.nn.Module):

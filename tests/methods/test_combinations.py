@@ -31,14 +31,11 @@ COMBINATIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def checkpoint(folder, step):
-    return read(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+    return read(thin.checkpoint(folder, step))
 
 
 @pytest.mark.parametrize("words", COMBINATIONS)

@@ -13,11 +13,7 @@ from tests.support.command_lines import parse, refusal
 from utils.checkpointing import checkpoint_files
 from utils.checkpointing.store import read
 
-
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def checkpoint(folder, name):

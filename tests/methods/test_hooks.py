@@ -27,7 +27,7 @@ def _registered(monkeypatch):
 
 
 def weights(folder, step):
-    return checkpoint_files.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+    return checkpoint_files.load(thin.checkpoint(folder, step))
 
 
 def test_the_example_overrides_every_hook():

@@ -27,10 +27,7 @@ COMMANDS = {
 OWN_STEP_0 = ("EWC", "PI")
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,7 @@ OFFICIAL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def train(step, images, labels):

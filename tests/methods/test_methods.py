@@ -56,10 +56,7 @@ OWN_STEP_0 = ("Joint", "RCIL")
 REGULARISED = {"EWC": ["fisher"], "RW": ["fisher", "score"], "PI": ["score"]}
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def declared(terms):
@@ -91,10 +88,6 @@ def finished(tmp_path_factory):
     return run_once
 
 
-def checkpoint(folder, step, task="6-2"):
-    return folder / "checkpoints" / f"{task}-shapes_n_{step}.pth"
-
-
 # ------------------------------------------------------------------- all the steps
 
 
@@ -120,13 +113,13 @@ def test_all_steps_of_a_method(method, finished):
 
 
 def test_classifiers_of_all_steps_are_in_the_last_checkpoint(finished):
-    state = read(checkpoint(finished("LSKD"), 2))["model_state"]
+    state = read(thin.checkpoint(finished("LSKD"), 2))["model_state"]
     assert [state[f"cls.{step}.weight"].shape[0] for step in range(3)] == [7, 2, 2]
 
 
 @pytest.mark.parametrize("method", [name for name in TERMS if name not in OWN_STEP_0])
 def test_step_0_of_any_method_serves_lskd(method, finished, tmp_path):
-    words = f"--task 6-2 --step 1 --method LSKD --step_ckpt '{checkpoint(finished(method), 0)}'"
+    words = f"--task 6-2 --step 1 --method LSKD --step_ckpt '{thin.checkpoint(finished(method), 0)}'"
     assert thin.launch(tmp_path, words) == 0
     losses = thin.document(tmp_path)["steps"]["1"]["epochs"][0]["losses"]
     assert set(losses) == {*TERMS["LSKD"][1].split(), "loss"}
@@ -135,7 +128,7 @@ def test_step_0_of_any_method_serves_lskd(method, finished, tmp_path):
 def test_weights_of_the_terms_go_from_step_to_step(finished, tmp_path, monkeypatch):
     """λ of step 1's checkpoint is where step 2 starts; a step of another method hands it on."""
     folder = finished("LSKD")
-    first = read(checkpoint(folder, 1))["loss_weights"]
+    first = read(thin.checkpoint(folder, 1))["loss_weights"]
     values = torch.stack(list(first.values()))
     assert values.shape == (9,) and float(values.sum()) == pytest.approx(9) and len(values.unique()) > 1
     started = []
@@ -147,7 +140,7 @@ def test_weights_of_the_terms_go_from_step_to_step(finished, tmp_path, monkeypat
 
     monkeypatch.setattr(run.StepRun, "_train", remember)
     for method in ("LSKD", "FT"):
-        words = f"--task 6-2 --step 2 --method {method} --step_ckpt '{checkpoint(folder, 1)}' --name {method}"
+        words = f"--task 6-2 --step 2 --method {method} --step_ckpt '{thin.checkpoint(folder, 1)}' --name {method}"
         assert thin.launch(tmp_path, words) == 0
     assert started == [first, {}]
     assert read(tmp_path / "checkpoints" / "6-2-shapes_FT_2.pth")["loss_weights"] == first
@@ -163,7 +156,7 @@ def test_importance_is_carried_over_all_steps(method, finished):
 
 def assert_carried(method, folder):
     """Each checkpoint has the importance of all steps so far, that of the step's own classifier included."""
-    states = [read(checkpoint(folder, step)) for step in range(3)]
+    states = [read(thin.checkpoint(folder, step)) for step in range(3)]
     for kind in REGULARISED[method]:
         for step in (1, 2):
             before, after = (states[i]["trainer_state"]["regularizer"][kind] for i in (step - 1, step))
@@ -180,7 +173,7 @@ def assert_carried(method, folder):
 
 def test_regulariser_after_a_step_without_says_so_and_works(finished, tmp_path, capsys):
     words = "--task 6-2 --method EWC --step"
-    assert thin.launch(tmp_path, f"{words} 1 2 --step_ckpt '{checkpoint(finished('FT'), 0)}'") == 0
+    assert thin.launch(tmp_path, f"{words} 1 2 --step_ckpt '{thin.checkpoint(finished('FT'), 0)}'") == 0
     printed = capsys.readouterr().out
     assert printed.count("note: no fisher in the checkpoint of step 0") == 1
     assert "checkpoint of step 1:" not in printed
@@ -305,7 +298,7 @@ def test_two_processes_learn_the_same_and_balance_as_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "Trainer", Remembered)
     for name, words in JOINED.items():
-        base = f"--step 1 --step_ckpt '{checkpoint(tmp_path / name, 0)}'"
+        base = f"--step 1 --step_ckpt '{thin.checkpoint(tmp_path / name, 0)}'"
         assert thin.launch(tmp_path / f"{name} alone", f"{words} {base} --shapes_train 24 --batch_size 4") == 0
         (one,), two = learned(), found[0][name][1]
         assert one.keys() == two.keys()

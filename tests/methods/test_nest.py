@@ -19,10 +19,7 @@ from utils.reporting.logger import Logger
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def checkpoint(folder, name):

@@ -24,10 +24,7 @@ TEXT = "--method RCIL --task 6-2 --lr 0.001 --pcd_factors 1e-4 1e-5 1e-4 1e-5"
 OLD = ("conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var")
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +34,6 @@ def finished(tmp_path_factory):
     with thin.program():
         assert thin.launch(folder, f"{TEXT} --step 0 1 2") == 0
     return folder
-
-
-def checkpoint(folder, step):
-    return folder / "checkpoints" / f"6-2-shapes_n_{step}.pth"
 
 
 def part_of(step, kind=RepresentationCompensation):
@@ -66,7 +59,7 @@ class Step(thin.Step):
 
 
 def test_step_0_has_no_biases_and_later_steps_have_those_of_the_merge(finished):
-    states = [read(checkpoint(finished, step))["model_state"] for step in range(3)]
+    states = [read(thin.checkpoint(finished, step))["model_state"] for step in range(3)]
     biases = {"body.mod2.block1.convs.conv1.bias", *(f"head.map_convs.{i}.bias" for i in range(4))}
     assert not biases & set(states[0]) and biases <= set(states[1]) and biases <= set(states[2])
     assert all(states[step][name].any() for step in (1, 2) for name in biases)
@@ -74,7 +67,7 @@ def test_step_0_has_no_biases_and_later_steps_have_those_of_the_merge(finished):
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_the_old_branch_is_the_merge_of_the_step_before_and_stays_frozen(finished, step):
-    before, after = (read(checkpoint(finished, number))["model_state"] for number in (step - 1, step))
+    before, after = (read(thin.checkpoint(finished, number))["model_state"] for number in (step - 1, step))
     expected = thin.network(thin.options(), [7, 2][:step])
     part = RepresentationCompensation(thin.options(TEXT, step), Task("shapes", "6-2", step, ((0,) * 7, (1, 2), (3, 4))))
     part.wrap_model(expected)
@@ -102,7 +95,7 @@ def test_eps_of_merged_norms_is_0_in_training_and_that_of_a_loaded_network_in_th
 
 def test_a_second_test_finds_the_same_scores(finished, tmp_path):
     found = thin.document(finished)["steps"]["2"]
-    words = f"{TEXT} --step 2 --test --ckpt '{checkpoint(finished, 2)}'"
+    words = f"{TEXT} --step 2 --test --ckpt '{thin.checkpoint(finished, 2)}'"
     assert thin.launch(tmp_path, words) == 0
     again = thin.document(tmp_path)["steps"]["2"]
     assert [again[key] for key in ("all", "old", "new")] == [found[key] for key in ("all", "old", "new")]
@@ -128,13 +121,13 @@ def test_a_resume_of_step_0_continues_to_the_bit(finished, tmp_path):
         with pytest.raises(interrupted.Killed):
             thin.launch(tmp_path, words)
     assert thin.launch(tmp_path, f"{words} --resume") == 0
-    whole, parts = (checkpoint_files.load(checkpoint(folder, 0)) for folder in (finished, tmp_path))
+    whole, parts = (checkpoint_files.load(thin.checkpoint(folder, 0)) for folder in (finished, tmp_path))
     interrupted.assert_equal_to_the_bit(whole, parts)
 
 
 def test_a_trial_batch_changes_nothing(finished, tmp_path):
     assert thin.launch(tmp_path, f"{TEXT} --step 0 --trial_batch") == 0
-    mine, theirs = (read(checkpoint(folder, 0)) for folder in (tmp_path, finished))
+    mine, theirs = (read(thin.checkpoint(folder, 0)) for folder in (tmp_path, finished))
     assert checkpoint_files.digest(mine["model_state"]) == checkpoint_files.digest(theirs["model_state"])
 
 
@@ -303,14 +296,14 @@ def test_a_merged_checkpoint_predicts_and_tests_alike(finished, tmp_path, capsys
     for number in range(2):
         Image.fromarray(rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{number}.png")
     merged = tmp_path / "new" / "merged.pth"
-    assert merge_branches.main([str(checkpoint(finished, 2)), str(merged)]) == 0
-    doubled, plain = (predict.load(path)[0] for path in (checkpoint(finished, 2), merged))
+    assert merge_branches.main([str(thin.checkpoint(finished, 2)), str(merged)]) == 0
+    doubled, plain = (predict.load(path)[0] for path in (thin.checkpoint(finished, 2), merged))
     assert layers_of(doubled) and not layers_of(plain)
     x = thin.images(2, 48)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).logits, doubled(x).logits, rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in plain.body.parameters()) < sum(p.numel() for p in doubled.body.parameters())
-    for name, path in (("doubled", checkpoint(finished, 2)), ("merged", merged)):
+    for name, path in (("doubled", thin.checkpoint(finished, 2)), ("merged", merged)):
         assert (
             predict.main([str(path), str(tmp_path / "pictures"), "--out", str(tmp_path / name), "--device", "cpu"]) == 0
         )
@@ -325,7 +318,7 @@ def test_a_merged_checkpoint_predicts_and_tests_alike(finished, tmp_path, capsys
 
 def test_a_checkpoint_of_another_method_is_not_merged(tmp_path, capsys):
     assert thin.launch(tmp_path, "--task 6-2 --method FT --step 0 --shapes_train 2") == 0
-    path = checkpoint(tmp_path, 0)
+    path = thin.checkpoint(tmp_path, 0)
     for target, said in ((tmp_path / "out.pth", "it does not have two branches"), (path, "is the checkpoint itself")):
         assert merge_branches.main([str(path), str(target)]) == 2
         assert said in capsys.readouterr().err

@@ -291,10 +291,7 @@ def test_checkpoints_without_importance_are_taken(empty):
 # -------------------------------------------------------------------------- method
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def test_penalty_is_added_after_the_measurement():

@@ -20,10 +20,7 @@ TEXT = "--method REMINDER --task 6-2"
 PROTOTYPES = torch.randn(4, thin.FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def part_of(step):
@@ -170,12 +167,8 @@ def finished(tmp_path_factory):
     return folder
 
 
-def checkpoint(folder, step):
-    return folder / "checkpoints" / f"6-2-shapes_n_{step}.pth"
-
-
 def prototypes(folder, step):
-    return read(checkpoint(folder, step))["method_state"]["reminder"]["prototypes"]
+    return read(thin.checkpoint(folder, step))["method_state"]["reminder"]["prototypes"]
 
 
 def test_prototypes_of_each_step_are_in_its_checkpoint(finished):
@@ -191,7 +184,7 @@ def test_prototypes_are_those_of_the_final_network(finished):
     opts = thin.options(f"{TEXT} --step 0")
     task = run.dataset.load_task(opts, 0)
     model = run.segmentation_module.build_network(opts, task.classes_per_step, False)
-    model.load_state_dict(read(checkpoint(finished, 0))["model_state"])
+    model.load_state_dict(read(thin.checkpoint(finished, 0))["model_state"])
     data = run.StepData(opts, task, torch.device("cpu"))
     part = SimilarityDistillation(opts, task)
     part.attach(model, None, run.methods.base.Previous())
@@ -203,7 +196,7 @@ def test_prototypes_are_those_of_the_final_network(finished):
 @pytest.mark.parametrize("method", ["PLOP", "FT --csw_kd 0.1 --delta_csw 1"])
 def test_a_step_0_without_prototypes_is_refused(finished, tmp_path, capsys, method):
     words = f"--method {method} --csw_kd 0.5 --task 6-2 --step 1"
-    plop = checkpoint(finished / "plop", 0)
+    plop = thin.checkpoint(finished / "plop", 0)
     assert thin.launch(tmp_path, f"{words} --step_ckpt '{plop}'") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

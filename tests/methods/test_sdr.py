@@ -23,10 +23,7 @@ BEFORE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def a_step(words="", state=BEFORE):
@@ -324,12 +321,8 @@ def finished(tmp_path_factory):
     return folder
 
 
-def checkpoint(folder, step):
-    return folder / "checkpoints" / f"6-2-shapes_n_{step}.pth"
-
-
 def state_of(folder, step):
-    return read(checkpoint(folder, step))["method_state"]["sdr"]
+    return read(thin.checkpoint(folder, step))["method_state"]["sdr"]
 
 
 def test_prototypes_and_counts_are_in_the_checkpoint(finished):
@@ -343,10 +336,10 @@ def test_prototypes_and_counts_are_in_the_checkpoint(finished):
 
 def test_step_0_of_the_official_script_serves_and_one_without_prototypes_is_refused(finished, tmp_path, capsys):
     words = f"{TEXT} --step 1 --step_ckpt"
-    assert thin.launch(tmp_path / "ok", f"{words} '{checkpoint(finished / 'official', 0)}'") == 0
+    assert thin.launch(tmp_path / "ok", f"{words} '{thin.checkpoint(finished / 'official', 0)}'") == 0
     losses = thin.document(finished / "official")["steps"]["0"]["epochs"][0]["losses"]
     assert set(losses) == {"ce", "loss"}
-    plain = checkpoint(finished / "plain", 0)
+    plain = thin.checkpoint(finished / "plain", 0)
     assert thin.launch(tmp_path / "refused", f"{words} '{plain}'") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"need the class prototypes of step 0, but {plain} has none" in error
@@ -389,7 +382,7 @@ def test_domains_are_refused(tmp_path, capsys):
 
 def test_sparsity_stands_alone(tmp_path):
     assert thin.launch(tmp_path, "--loss_featspars 0.1 --task 6-2 --step 0") == 0
-    assert not read(checkpoint(tmp_path, 0))["method_state"]
+    assert not read(thin.checkpoint(tmp_path, 0))["method_state"]
     assert isinstance(part_of(thin.Step("--loss_featspars 0.1 --task 6-2"), Sparsity), Sparsity)
 
 

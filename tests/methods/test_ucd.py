@@ -12,10 +12,7 @@ from utils.checkpointing.store import read
 TEXT = "--method UCD --task 6-2"
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def a_step(words="", steps=((0, 1, 2), (3,), (4, 5))):
@@ -98,7 +95,7 @@ def test_preset_is_mib_with_a_factor_and_a_frozen_classifier():
 
 
 def weights(folder, step):
-    return read(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")["model_state"]
+    return read(thin.checkpoint(folder, step))["model_state"]
 
 
 def test_all_steps_from_a_step_0_of_another_method(tmp_path, capsys):

@@ -12,11 +12,7 @@ from dataset.tasks import Task
 from segmentation_module import network_classes
 from tests.support import thin
 
-
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def test_the_network_has_the_classifier_of_step_0_at_every_step():

@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 def outcome(folder, step):
     """All that counts in the end: the checkpoint but for its options, the rows, the JSON of the steps."""
-    state = checkpoint_files.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+    state = checkpoint_files.load(thin.checkpoint(folder, step))
     state.pop("options")
     return checkpoint_files.digest(state), thin.rows(folder), thin.document(folder)["steps"]
 

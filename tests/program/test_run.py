@@ -295,7 +295,7 @@ def test_list_methods(capsys):
 
 
 def weights_of(folder, step=0):
-    return checkpoint_files.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")["model_state"]
+    return checkpoint_files.load(thin.checkpoint(folder, step))["model_state"]
 
 
 def test_same_seed_same_bits_whatever_the_workers(trained, tmp_path):

@@ -36,7 +36,7 @@ def logs(folder):
 
 def iterations(folder, step):
     """Of the steps before, and of the step, as its checkpoint says."""
-    state = checkpoint_files.load(folder / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+    state = checkpoint_files.load(thin.checkpoint(folder, step))
     return state["iterations_before"], state["iterations"]
 
 

@@ -17,10 +17,7 @@ from utils.pseudo import teacher_labels
 HELD_OUT = "--task 6-2 --shapes_train 40 --crop_val"
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture

@@ -12,11 +12,7 @@ from scripts.predict import load
 from tests.support import thin
 from utils.checkpointing.store import read
 
-
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def checkpoints(folder, method="LSKD"):

@@ -15,6 +15,7 @@ from modules.tiles import spans
 from scripts import predict
 from tests.examples.every_hook import EveryHook
 from tests.support import thin
+from tests.support.predicting import go, results
 from tests.support.tiny_folder import save_image
 from utils.checkpointing import checkpoint_files
 from utils.reporting.visualize import colour_map
@@ -43,14 +44,6 @@ def photos(tmp_path):
     save_image(tmp_path / "photos" / "a.png", 1, size=(70, 45))
     save_image(tmp_path / "photos" / "trip" / "frame.001.jpg", 2, size=(40, 90))
     return tmp_path / "photos"
-
-
-def go(checkpoint, *words):
-    return predict.main([str(checkpoint), *map(str, words), "--device", "cpu"])
-
-
-def results(out):
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
 def contents(folder):

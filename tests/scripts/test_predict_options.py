@@ -20,6 +20,7 @@ from modules.inference import make_views
 from scripts import predict
 from tests.support import thin
 from tests.support.paths import ROOT
+from tests.support.predicting import go, results
 from tests.support.tiny_folder import save_image, write_folder
 from utils.checkpointing import checkpoint_files
 
@@ -64,14 +65,6 @@ def photos(tmp_path):
     save_image(tmp_path / "photos" / "trip" / "b.jpg", 2, size=(40, 90))
     save_image(tmp_path / "photos" / "trip" / "c.bmp", 3, size=(33, 33))
     return tmp_path / "photos"
-
-
-def go(checkpoint, *words):
-    return predict.main([str(checkpoint), *map(str, words), "--device", "cpu"])
-
-
-def results(out):
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
 def mask(path):

@@ -91,6 +91,11 @@ def launch(folder: Path, text: str) -> int:
     return run.main(words(folder, text))
 
 
+def checkpoint(folder: Path, step: int, task: str = "6-2", name: str = "n") -> Path:
+    """Where `launch` puts the checkpoint of a finished step."""
+    return folder / "checkpoints" / f"{task}-shapes_{name}_{step}.pth"
+
+
 def rows(folder: Path) -> list[list[str]]:
     """The lines of the only CSV of a folder, cut at the commas."""
     (path,) = (folder / "results").glob("*.csv")

@@ -212,6 +212,16 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What an action returned, and the text of its UserError or OSError; without other processes the error itself is raised."""
+    try:
+        return action(), None
+    except (UserError, OSError) as error:
+        if not active():
+            raise
+        return None, str(error)
+
+
 def on_main(action: Callable[[], Any], local: bool = False) -> Any:
     """Run an action on the main process and give its result, or its error, to all processes.
 
@@ -227,14 +237,7 @@ def on_main(action: Callable[[], Any], local: bool = False) -> Any:
     Raises:
         SharedError: with the text of the main process's UserError or OSError.
     """
-    result, fault = None, None
-    if is_main():
-        try:
-            result = action()
-        except (UserError, OSError) as error:
-            if not active():
-                raise
-            fault = str(error)
+    result, fault = _attempt(action) if is_main() else (None, None)
     outcome: list[Any] = [None if local else result, fault]
     if active():
         dist.broadcast_object_list(outcome, src=0)
@@ -255,13 +258,7 @@ def run_on_all(action: Callable[[], Any]) -> Any:
     Raises:
         SharedError: with the texts of the UserError or OSError of all processes; equal texts occur once.
     """
-    result, fault = None, None
-    try:
-        result = action()
-    except (UserError, OSError) as error:
-        if not active():
-            raise
-        fault = str(error)
+    result, fault = _attempt(action)
     faults = [text for text in gather_objects(fault) if text is not None]
     if faults:
         raise SharedError("; ".join(dict.fromkeys(faults)))

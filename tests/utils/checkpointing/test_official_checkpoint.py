@@ -42,7 +42,7 @@ def test_keys_groups_and_orders_are_the_official_ones(tmp_path):
     for step, method in enumerate(("FT", "LSKD", "PLOP")):
         text = f"--task 6-2 --step {step} --method {method} --epochs 2 --shapes_train 16 --ckpt_interval 9 --val_interval 9"
         assert run.main(thin.words(tmp_path, text)) == 0
-        state = checkpoint_files.load(tmp_path / "checkpoints" / f"6-2-shapes_n_{step}.pth")
+        state = checkpoint_files.load(thin.checkpoint(tmp_path, step))
         assert list(state)[:6] == KEYS
         assert set(state) == {*KEYS, *OWN_KEYS} | ({"loss_weights", "previous_sha256"} if step else set())
         assert state["epoch"] == 1  # the index of the second and last epoch

@@ -44,10 +44,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _thin():
-    with thin.program():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def shows(*names):
