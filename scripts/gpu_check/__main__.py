@@ -5,8 +5,8 @@
 
 tests        those marked `gpu` (tests/gpu): norms, iterations against the CPU's, mixed precision, channels_last, --compile, the gate of
              the optimiser's step, resume, trial batch, all GPUs together with nccl. They need pytest.
-iterations   seconds and peak memory of FT, PLOP, LSKD and MiB at two sizes of the batch, in mixed precision with channels_last, beside the
-             floor in the same precision and beside eager float32 (scripts/benchmark, which says what the floor is).
+iterations   seconds and peak memory of FT, PLOP, LSKD and MiB at two sizes of the batch (small: one), in mixed precision with
+             channels_last, beside the floor in the same precision and beside eager float32 (scripts/benchmark says what the floor is).
 data         milliseconds of a training sample in one process, and how many processes keep up with the iterations.
 profile      the ten operations that take most time in an LSKD iteration.
 
