@@ -48,6 +48,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--methods", nargs="+", default=None, metavar="ROW", help="these rows of the study alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="these seeds instead of the study's")
+    parser.add_argument(
+        "--table", action="store_true", help="train nothing: tables and page of the runs that have ended"
+    )
     parser.add_argument("--list", action="store_true", help="print the command lines of all runs, and end")
     arguments = parser.parse_args(mine)
     arguments.words = words
@@ -139,22 +142,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list:
             print("\n".join(f"run.py {' '.join(job.words)}" for job in jobs))
             return 0
-        out.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        seconds, failed = execute.run_all(jobs, arguments.jobs)
-        if failed:
-            print("\n\n".join(f"error: {sentence}" for sentence in failed), file=sys.stderr)
-            return 1
-        tasks = {
-            one.variant: runs.by_task(runs.read([job.results for job in one.jobs if job.results])) for one in plans
-        }
-        show(study, tasks, out)
-        record(study, seconds, out)
+        if not arguments.table:
+            out.mkdir(parents=True, exist_ok=True)
+            began = time.monotonic()
+            seconds, failed = execute.run_all(jobs, arguments.jobs)
+            if failed:
+                print("\n\n".join(f"error: {sentence}" for sentence in failed), file=sys.stderr)
+                print("\n--table makes the tables of the runs that have ended", file=sys.stderr)
+                return 1
+            record(study, seconds, out)
+            print(f"\n{len(jobs)} runs in {(time.monotonic() - began) / 60:.1f} min")
+        show(study, ended_runs(plans, out), out)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{len(jobs)} runs in {(time.monotonic() - began) / 60:.1f} min; the page to open: {out / 'report.html'}")
+    print(f"\nthe page to open: {out / 'report.html'}")
     return 0
+
+
+def ended_runs(plans: Sequence[Plan], out: Path) -> dict[str, list[TaskRuns]]:
+    """The runs that have scores of their last step, by variant and task.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = {one.variant: [job.results for job in one.jobs if job.results and job.has_ended] for one in plans}
+    if not any(found.values()):
+        raise UserError(f"no run of the study has ended in {out}; leave --table out, or name another folder with --out")
+    return {variant: runs.by_task(runs.read(files)) for variant, files in found.items() if files}
 
 
 def show(study: Study, tasks: dict[str, list[TaskRuns]], out: Path) -> None:

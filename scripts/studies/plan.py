@@ -36,6 +36,7 @@ from dataset.tasks import OFFLINE
 from utils import scheduler
 from utils.errors import UserError
 from utils.options import config
+from utils.reporting import documents
 
 #: Entries of a study, and of a variant.
 KEYS = ("name", "options", "step0", "later", "seeds", "methods", "variants")
@@ -83,6 +84,7 @@ class Job:
         after: the job whose checkpoint it starts from, or None.
         results: its JSON; None for a step 0 that other runs share.
         kind: jobs of one kind take the same time an epoch.
+        last_step: the last step that it trains.
     """
 
     title: str
@@ -93,6 +95,14 @@ class Job:
     after: Job | None = None
     results: Path | None = None
     kind: str = ""
+    last_step: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its results have the scores of its last step."""
+        if self.results is None or not self.results.is_file():
+            return False
+        return str(self.last_step) in documents.read(self.results)["steps"]
 
 
 def read(path: Path) -> Study:
@@ -254,9 +264,9 @@ class Plan:
         log = self.out / f"{run_name}.log"
         epochs = len(opts.step) * opts.epochs
         title = f"{self.variant}, {run_name}" if self.variant else run_name
-        return Job(
-            title, run_name, [*words, *own], log, epochs, after, None if shared else results, f"{self.variant} {name}"
-        )
+        kind = f"{self.variant} {name}"
+        kept = None if shared else results
+        return Job(title, run_name, [*words, *own], log, epochs, after, kept, kind, max(opts.step))
 
 
 def parse(words: Sequence[str], place: str) -> Namespace:

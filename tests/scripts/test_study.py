@@ -325,4 +325,9 @@ def test_a_failed_run_is_said_and_the_others_go_on(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "step0-few-seed42 ended with exit code 2" in said
     assert "few-seed42 was left out, because step0-few-seed42 failed" in said
-    assert (out / "results" / "all_shapes_6-4_FT-seed42.json").is_file()
+    assert (out / "results" / "all_shapes_6-4_FT-seed42.json").is_file() and not (out / "table.md").exists()
+    assert study.main([str(path), "--out", str(out), "--table"]) == 0  # of what has ended
+    assert "| FT " in (out / "table.md").read_text() and "| few " not in (out / "table.md").read_text()
+    (out / "results" / "all_shapes_6-4_FT-seed42.json").unlink()
+    assert study.main([str(path), "--out", str(out), "--table"]) == 2
+    assert "no run of the study has ended in" in capfd.readouterr().err
