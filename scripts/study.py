@@ -48,6 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--methods", nargs="+", default=None, metavar="ROW", help="these rows of the study alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="these seeds instead of the study's")
+    parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="these variants of the study alone")
     parser.add_argument(
         "--table", action="store_true", help="train nothing: tables and page of the runs that have ended"
     )
@@ -58,20 +59,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def selected(study: Study, arguments: argparse.Namespace) -> Study:
-    """The rows and seeds that the command line asks for.
+    """The rows, variants and seeds that the command line asks for.
 
     Raises:
-        UserError: a row that the study does not have.
+        UserError: a row or a variant that the study does not have.
     """
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs} is not a number of processes; give at least 1")
-    methods = study.methods
-    if arguments.methods is not None:
-        missing = [name for name in arguments.methods if name not in methods]
-        if missing:
-            raise UserError(f"--methods: {study.path} has no row {missing[0]!r}; its rows are {', '.join(methods)}")
-        methods = {name: methods[name] for name in arguments.methods}
-    return replace(study, methods=methods, seeds=tuple(dict.fromkeys(arguments.seeds or study.seeds)))
+    methods = _named(study, "--methods", "row", arguments.methods, study.methods)
+    variants = _named(study, "--variants", "variant", arguments.variants, study.variants)
+    seeds = tuple(dict.fromkeys(arguments.seeds or study.seeds))
+    return replace(study, methods=methods, variants=variants, seeds=seeds)
+
+
+def _named(
+    study: Study, option: str, kind: str, names: Sequence[str] | None, entries: dict[str, Any]
+) -> dict[str, Any]:
+    """The entries that an option names, in its order; all of them without it."""
+    if names is None:
+        return entries
+    if missing := [name for name in names if name not in entries]:
+        raise UserError(f"{option}: {study.path} has no {kind} {missing[0]!r}; its {kind}s are {', '.join(entries)}")
+    return {name: entries[name] for name in names}
 
 
 def all_jobs(plans: Sequence[Plan]) -> list[Job]:
