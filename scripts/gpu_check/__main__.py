@@ -47,6 +47,8 @@ SIZES: dict[str, tuple[list[str], tuple[int, ...]]] = {
 }
 #: What is compared with eager float32.
 FAST = ["--amp_dtype", "bfloat16", "--channels_last"]
+#: Exit code of pytest after SIGINT.
+INTERRUPTED = 2
 #: For a program whose time is over.
 SECONDS_TO_END = 30
 #: Operations of the profile.
@@ -141,9 +143,11 @@ class Check:
         if not report.is_file():
             why = ended.get("failed") or last_line(ended["errors"] or ended["output"])
             return {"summary": {"failed": why}, "failed": [], "skipped": {}, "seconds": {}}
-        found = outcomes(report, cut="failed" in ended)
-        if "failed" in ended:
-            found["summary"]["failed"] = f"{ended['failed']}; until then {counts_of(found['summary'])}"
+        cut = "failed" in ended or ended["code"] == INTERRUPTED
+        found = outcomes(report, cut)
+        if cut:
+            why = ended.get("failed", "the tests were interrupted")
+            found["summary"]["failed"] = f"{why}; until then {counts_of(found['summary'])}"
         return found
 
     def benchmark(self, words: list[str], reserve: float = 0.0) -> dict[str, Any]:

@@ -66,20 +66,30 @@ def test_without_time_everything_is_named_as_not_measured(tmp_path, capsys):
     assert found["tests"]["summary"]["failed"] == found["data"]["failed"] == "no time was left"
 
 
-def test_tests_that_ended_are_kept_if_the_others_take_too_long(tmp_path, monkeypatch):
+def a_check(folder, minutes):
+    words = ["--device", "cpu", "--size", "small", "--minutes", str(minutes), "--out", str(folder)]
+    return gpu_check.Check(gpu_check.parse(words), torch.device("cpu"))
+
+
+def test_tests_that_ended_are_kept_if_the_others_are_cut(tmp_path, monkeypatch):
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
-    (tmp_path / "tests" / "gpu" / "test_slow.py").write_text(
-        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\n"
-        "def test_c(): time.sleep(600)\n"
+    (tmp_path / "tests" / "gpu" / "test_cut.py").write_text(
+        "import os, signal, pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\n"
+        "def test_c(): os.kill(os.getpid(), signal.SIGINT)\ndef test_d(): pass\n"
     )
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    words = ["--device", "cpu", "--size", "small", "--minutes", "0.4", "--out", str(tmp_path / "out")]
-    check = gpu_check.Check(gpu_check.parse(words), torch.device("cpu"))
-    found = check.tests()
+    found = a_check(tmp_path / "out", 25).tests()
     assert found["failed"] == ["test_b"] and found["seconds"].keys() == {"test_a", "test_b"}
-    said = "it took longer than the time that was left; until then 1 passed, 1 failed tests"
-    assert found["summary"]["failed"].startswith(said)
+    assert found["summary"]["failed"].startswith("the tests were interrupted; until then 1 passed, 1 failed tests")
+
+
+def test_a_program_that_takes_too_long_is_interrupted(tmp_path):
+    """By SIGINT, after which pytest writes its report."""
+    noted = tmp_path / "noted"
+    program = f"import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    open({str(noted)!r}, 'w')"
+    ended = a_check(tmp_path / "out", 0.1).command(["-c", program])
+    assert ended == {"failed": "it took longer than the time that was left"} and noted.exists()
 
 
 def test_without_torch_the_script_says_so_in_one_line(tmp_path):

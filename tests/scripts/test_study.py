@@ -316,6 +316,17 @@ def test_a_study_of_variants_draws_both_figures(tmp_path):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
 
 
+def test_rows_and_variants_of_the_command_line(tmp_path, capsys):
+    variants = {"few": {"step0": {"shapes_train": 8}}, "more": {"step0": {"epochs": 2}}}
+    path = write(tmp_path, methods={"FT": None, "MiB": None}, options=TINY | {"epochs": 1}, variants=variants)
+    assert study.main([str(path), "--methods", "MiB", "--variants", "more", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "MiB-seed42" in listed and "FT-seed42" not in listed and "/more/" in listed and "/few/" not in listed
+    for option, said in (("--methods", "has no row 'x'; its rows are FT, MiB"), ("--variants", "has no variant 'x'")):
+        assert study.main([str(path), option, "x"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_failed_run_is_said_and_the_others_go_on(tmp_path, capfd):
     """The step 0 of one row fails; the row is left out, and the other is trained."""
     options = TINY | {"epochs": 1}
