@@ -144,9 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, print the tables, write the page; exit code 2 for a user's mistake, 1 if a run failed."""
     arguments = parse(argv)
     try:
-        study = selected(plan.read(arguments.study), arguments)
+        whole = plan.read(arguments.study)
+        study = selected(whole, arguments)
         out = arguments.out or Path("runs") / plan.file_name(study.name)
-        plans = [Plan(study, variant, out, arguments.words) for variant in study.variants]
+        planned = replace(whole, seeds=study.seeds)
+        plans = [Plan(planned, variant, out, arguments.words, study.methods) for variant in study.variants]
         jobs = all_jobs(plans)
         if arguments.list:
             print("\n".join(f"run.py {' '.join(job.words)}" for job in jobs))

@@ -25,7 +25,7 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,19 +182,31 @@ class Plan:
         variant: name of the variant, "" for none.
         out: folder of the study.
         extra: further words for all runs.
+        rows: names of the rows whose runs are wanted; None: all. The shared steps 0 are those of the whole study, so that a part of
+            it can be run first and the rest later.
 
     Raises:
         UserError: options that run.py refuses; names the file and the row.
     """
 
-    def __init__(self, study: Study, variant: str, out: Path, extra: Sequence[str] = ()):
+    def __init__(
+        self,
+        study: Study,
+        variant: str,
+        out: Path,
+        extra: Sequence[str] = (),
+        rows: Collection[str] | None = None,
+    ):
         self.study, self.variant, self.extra = study, variant, list(extra)
         changes = study.variants[variant]
         self.options, self.step0, self.later = (getattr(study, key) | changes.get(key, {}) for key in OF_VARIANT)
         self.out = out / file_name(variant) if variant else out
         self.parser = argparser.build_parser()
         self.first: dict[str, Job] = {}
-        self.jobs = [self._run(name, seed) for seed in study.seeds for name in study.methods]
+        runs = [(name, self._run(name, seed)) for seed in study.seeds for name in study.methods]
+        self.jobs = [job for name, job in runs if rows is None or name in rows]
+        needed = {job.after.title for job in self.jobs if job.after is not None}
+        self.first = {key: job for key, job in self.first.items() if job.title in needed}
 
     def _words(self, name: str, options: Mapping[str, Any]) -> list[str]:
         return config.words(beside(options, self.study.path), self.parser, f"{self.study.path}, {name}")

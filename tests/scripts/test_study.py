@@ -327,6 +327,17 @@ def test_rows_and_variants_of_the_command_line(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_part_of_a_study_has_the_step_0_of_the_whole(tmp_path, capfd):
+    """The shared step 0 is that of the first row, also if that row is not among those that are asked for."""
+    path = write(tmp_path, methods={"FT": None, "LWF": {"loss_kd": 10}, "MiB": None}, options=TINY | {"epochs": 1})
+    words = [str(path), "--out", str(tmp_path / "out")]
+    assert study.main([*words, "--methods", "MiB"]) == 0
+    assert study.main([*words, "--methods", "LWF"]) == 0  # was refused: its step 0 had been written with other options
+    assert "finished before" in capfd.readouterr().out
+    named = {file.stem.split("_")[-1] for file in (tmp_path / "out" / "results").glob("*.json")}
+    assert named == {"step0-seed42", "MiB-seed42", "LWF-seed42"}
+
+
 def test_a_failed_run_is_said_and_the_others_go_on(tmp_path, capfd):
     """The step 0 of one row fails; the row is left out, and the other is trained."""
     options = TINY | {"epochs": 1}
