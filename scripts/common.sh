@@ -30,7 +30,6 @@ DATA_ROOT=${DATA_ROOT:-data}
 METHOD=${METHOD:-PLOP}
 GPUS=${GPUS:-2}
 if [[ ! $GPUS =~ ^[1-9][0-9]*$ ]]; then refuse "GPUS=$GPUS is not a number of processes; give a whole number from 1 to 24"; fi
-if ((GPUS > 24)) && [[ -z ${BATCH:-} ]]; then refuse "GPUS=$GPUS is more than the batch of 24 images; give BATCH, images a process, too"; fi
 if [[ ! -d $DATA_ROOT ]]; then refuse "DATA_ROOT=$DATA_ROOT is not a folder; give the one that holds the data set"; fi
 
 NAME=${NAME:-$METHOD}
@@ -62,6 +61,7 @@ SECOND_EPOCHS='' FIRST_METHOD='' TASK_FILE=''
 train_steps() {
     local dataset=$1 task=$2 later=$3 step lr epochs method first_lr=0.01 classes=(--task "$2")
     shift 3
+    if ((GPUS > 24)) && [[ -z ${BATCH:-} ]]; then refuse "GPUS=$GPUS is more than the batch of 24 images; give BATCH, images a process, too"; fi
     case $METHOD in *+AWT | *+NeST) first_lr=0.02 ;; esac
     if [[ -n $TASK_FILE ]]; then classes=(--task_file "$TASK_FILE"); fi
     for step in $STEPS; do

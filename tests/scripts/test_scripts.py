@@ -215,6 +215,13 @@ def test_a_wrong_variable_is_said_before_anything_is_started(project, script, gi
     assert not (project / "record").exists()
 
 
+def test_more_gpus_than_24_where_the_published_batch_is_larger(project, monkeypatch):
+    monkeypatch.chdir(project)
+    given = {"METHOD": "MiB+EWF", "GPUS": "48", "STEPS": "0 1", "DATA_ROOT": "my data"}
+    steps = commands(project, "scripts/ade/100-50.sh", **given)[:-1]
+    assert [parsed(command).batch_size for command in steps] == [1, 1]
+
+
 @pytest.mark.parametrize(("task", "code", "said"), [("6-9", 2, "error: --task '6-9'"), ("6-2", 0, "")])
 def test_the_launcher_leaves_the_last_word_and_the_exit_code_to_the_program(tmp_path, task, code, said):
     words = f"--dataset shapes --task {task} --step 0 --backbone resnet18 --dry_run --device cpu --no_progress".split()
