@@ -7,8 +7,8 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
-    echo "error: $PYTHON cannot import torch; name a Python that can, as in PYTHON=/usr/bin/python3 bash scripts/gpu_check.sh" >&2
+if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then
+    echo "error: $PYTHON has no torch; name a Python that has it, as in PYTHON=/usr/bin/python3 bash scripts/gpu_check.sh" >&2
     exit 2
 fi
 exec "$PYTHON" scripts/gpu_check "$@"
