@@ -59,11 +59,8 @@ def _log_steps(log: Logger, opts: Namespace, task: TaskLike) -> None:
         curves.scalars({name: value for name, value in figures.items() if value is not None}, int(step))
     plain = {key: value for key, value in plain_options(opts).items() if key not in MAY_CHANGE_ON_RESUME - {"lr"}}
     shown = {key: value if isinstance(value, str | float | int) else str(value) for key, value in plain.items()}
+    derived = ("lr_of_step", "step_ckpt")  # from --lr, and from where the files lie
     curves.hyperparameters(
-        {
-            key: value
-            for key, value in shown.items()
-            if plain[key] is not None and key not in ("lr_of_step", "step_ckpt")
-        }
+        {key: value for key, value in shown.items() if plain[key] is not None and key not in derived}
     )
     curves.close()
