@@ -1,5 +1,6 @@
 """scripts/report.py: the table by hand, files of which none is lost, and a page that needs nothing from elsewhere."""
 
+import itertools
 import json
 import re
 
@@ -201,6 +202,20 @@ def test_other_files_are_refused(tmp_path, capsys, text):
     assert go(tmp_path, tmp_path / "x.json") == 2
     assert str(tmp_path / "x.json") in capsys.readouterr().err
     assert go(tmp_path, tmp_path / "none.json") == 2
+
+
+def test_names_of_many_curves_stand_beside_the_axes_and_do_not_overlap(tmp_path):
+    paths = [
+        write(tmp_path, name=f"m{i}-seed1", scores=(60.0, 40.0 + i / 100), options={"lr": [i]}, method=f"m{i}")
+        for i in range(25)
+    ]
+    (task,) = runs.by_task(runs.read(paths))
+    figure = figures.draw_steps(task)
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 25 and boxes[0].y0 >= 0 and boxes[-1].y1 <= figure.bbox.height
+    assert all(upper.y0 > lower.y0 + 0.7 * lower.height for lower, upper in itertools.pairwise(boxes))
+    assert boxes[0].y0 >= figure.axes[0].get_window_extent().y0 - boxes[0].height
 
 
 def test_a_step_is_drawn_at_its_number(tmp_path):

@@ -29,6 +29,8 @@ STYLES = ("-", "--", ":", "-.")
 MARKS = ("o", "s", "D", "^", "v", "*")
 #: Width of most figures in inches: on a phone they are shown at about their own size.
 WIDTH = 4.8
+#: Least height of a figure with names beside its curves, what of it lies above and below the axes, and a line of text, in inches.
+HEIGHT, MARGINS, LINE = 3.4, 0.75, 0.145
 #: Entries above which a heat map has no numbers in its cells.
 MANY = 24
 
@@ -62,7 +64,7 @@ def draw_steps(task: TaskRuns) -> Figure:
     Args:
         task: methods on one task.
     """
-    figure = new_figure(WIDTH, 3.4)
+    figure = new_figure(WIDTH, HEIGHT)
     axes = figure.add_subplot()
     ends = []
     for index, group in enumerate(task.groups):
@@ -94,7 +96,7 @@ def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
     Args:
         tasks: by the name of the variant, in the order of the abscissa.
     """
-    figure = new_figure(WIDTH, 3.4)
+    figure = new_figure(WIDTH, HEIGHT)
     axes = figure.add_subplot()
     labels = dict.fromkeys(group.label for task in tasks.values() for group in (*task.groups, *task.references))
     ends = []
@@ -124,7 +126,7 @@ def draw_ripeness(tasks: Mapping[str, TaskRuns]) -> Figure:
     Args:
         tasks: by the name of the variant.
     """
-    figure = new_figure(WIDTH, 3.4)
+    figure = new_figure(WIDTH, HEIGHT)
     axes = figure.add_subplot()
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for task in tasks.values():
@@ -152,9 +154,13 @@ def draw_ripeness(tasks: Mapping[str, TaskRuns]) -> Figure:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the names of curves beside their last points, moved apart where they would overlap."""
+    """Write the names of curves beside their last points, moved apart where they would overlap; the figure grows with their number."""
+    height = max(HEIGHT, MARGINS + LINE * (len(ends) + 1))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figheight(height)
     low, high = axes.get_ylim()
-    spacing = 0.055 * (high - low)  # height of a line of text
+    spacing = LINE / (height - MARGINS) * (high - low)
     heights: list[float] = []
     for _, value, _, _ in sorted(ends, key=lambda end: end[1]):
         heights.append(max(value, heights[-1] + spacing if heights else value))
