@@ -114,14 +114,19 @@ class Check:
         left = self.ends - time.monotonic() - 60 * self.arguments.minutes * reserve
         if left <= 0:
             return {"failed": "no time was left"}
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=os.environ | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A shell lets its background programs ignore SIGINT, and theirs would inherit it: what is handled here is not ignored there
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=os.environ | (environment or {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         try:
             output, errors = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -84,8 +85,18 @@ def test_tests_that_ended_are_kept_if_the_others_are_cut(tmp_path, monkeypatch):
     assert found["summary"]["failed"].startswith("the tests were interrupted; until then 1 passed, 1 failed tests")
 
 
-def test_a_program_that_takes_too_long_is_interrupted(tmp_path):
-    """By SIGINT, after which pytest writes its report."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_a_program_that_takes_too_long_is_interrupted(tmp_path, handler):
+    """By SIGINT, after which pytest writes its report, also where a shell started everything in the background."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        _is_interrupted(tmp_path)
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_interrupted(tmp_path):
     noted = tmp_path / "noted"
     program = f"import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    open({str(noted)!r}, 'w')"
     ended = a_check(tmp_path / "out", 0.1).command(["-c", program])
