@@ -88,8 +88,8 @@ def all_jobs(plans: Sequence[Plan]) -> list[Job]:
 
     The last named method, mostly the newest, takes longest: started first, it does not run on alone at the end.
     """
-    first = [job for one in plans for job in one.first.values()]
-    return [*first, *(job for one in plans for job in reversed(one.jobs))]
+    first = {job.title: job for one in plans for job in one.first}
+    return [*first.values(), *(job for one in plans for job in reversed(one.jobs))]
 
 
 def variants_table(tasks: dict[str, list[TaskRuns]]) -> str:
@@ -148,7 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = selected(whole, arguments)
         out = arguments.out or Path("runs") / plan.file_name(study.name)
         planned = replace(whole, seeds=study.seeds)
-        plans = [Plan(planned, variant, out, arguments.words, study.methods) for variant in study.variants]
+        shared: dict[str, Job] = {}
+        every = {
+            variant: Plan(planned, variant, out, arguments.words, study.methods, shared) for variant in whole.variants
+        }
+        plans = [every[variant] for variant in study.variants]
         jobs = all_jobs(plans)
         if arguments.list:
             print("\n".join(f"run.py {' '.join(job.words)}" for job in jobs))

@@ -83,6 +83,7 @@ class Job:
         epochs: that it trains, all steps together.
         after: the job whose checkpoint it starts from, or None.
         results: its JSON; None for a step 0 that other runs share.
+        checkpoint: of a shared step 0, from which later steps start; None for other jobs.
         kind: jobs of one kind take the same time an epoch.
         last_step: the last step that it trains.
     """
@@ -94,6 +95,7 @@ class Job:
     epochs: int
     after: Job | None = None
     results: Path | None = None
+    checkpoint: Path | None = None
     kind: str = ""
     last_step: int = 0
 
@@ -184,6 +186,8 @@ class Plan:
         extra: further words for all runs.
         rows: names of the rows whose runs are wanted; None: all. The shared steps 0 are those of the whole study, so that a part of
             it can be run first and the rest later.
+        shared: steps 0 of other variants, which are taken where no option that step 0 reads differs; those of this variant are
+            added. None: no other variant.
 
     Raises:
         UserError: options that run.py refuses; names the file and the row.
@@ -196,17 +200,18 @@ class Plan:
         out: Path,
         extra: Sequence[str] = (),
         rows: Collection[str] | None = None,
+        shared: dict[str, Job] | None = None,
     ):
         self.study, self.variant, self.extra = study, variant, list(extra)
         changes = study.variants[variant]
         self.options, self.step0, self.later = (getattr(study, key) | changes.get(key, {}) for key in OF_VARIANT)
         self.out = out / file_name(variant) if variant else out
         self.parser = argparser.build_parser()
-        self.first: dict[str, Job] = {}
+        self._shared = {} if shared is None else shared
+        self._own_first: list[Job] = []
         runs = [(name, self._run(name, seed)) for seed in study.seeds for name in study.methods]
         self.jobs = [job for name, job in runs if rows is None or name in rows]
-        needed = {job.after.title for job in self.jobs if job.after is not None}
-        self.first = {key: job for key, job in self.first.items() if job.title in needed}
+        self.first = list({job.after.title: job.after for job in self.jobs if job.after is not None}.values())
 
     def _words(self, name: str, options: Mapping[str, Any]) -> list[str]:
         return config.words(beside(options, self.study.path), self.parser, f"{self.study.path}, {name}")
@@ -242,22 +247,14 @@ class Plan:
         return self._job(name, name, seed, [*later, "--step", *map(str, steps)], self._step0(name, first, seed))
 
     def _step0(self, name: str, words: Sequence[str], seed: int) -> Job:
-        """The step 0 of a row: that of another row where no option that step 0 reads differs."""
-        read = vars(self._parse(name, [*words, "--dry_run"]))
-        left_out = argparser.later_options() | {
-            "method",
-            "config",
-            "preset",
-            "explicit",
-            "preset_applied",
-            "task_preset",
-            "dry_run",
-        }
-        key = f"{seed} {sorted((dest, str(value)) for dest, value in read.items() if dest not in left_out)}"
-        if key not in self.first:
-            others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self.first.values())
-            self.first[key] = self._job(f"step0-{name}" if others else "step0", name, seed, words, shared=True)
-        return self.first[key]
+        """The step 0 of a row: that of another row or variant where no option that step 0 reads differs."""
+        opts = self._parse(name, [*words, "--dry_run"])
+        key = f"{seed} {what_step0_reads(opts)}"
+        if key not in self._shared:
+            others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self._own_first)
+            self._shared[key] = self._job(f"step0-{name}" if others else "step0", name, seed, words, shared=True)
+            self._own_first.append(self._shared[key])
+        return self._shared[key]
 
     def _job(
         self, title: str, name: str, seed: int, words: Sequence[str], after: Job | None = None, shared: bool = False
@@ -270,15 +267,29 @@ class Plan:
         opts = self._parse(name, [*words, *own, "--dry_run"])
         task = dataset.load_task(opts, 0)
         if after is not None:
-            file = f"{task.name}-{task.dataset}_{after.name}_0.pth"
-            own += ["--step_ckpt", str(self.out / "checkpoints" / file)]
+            own += ["--step_ckpt", str(after.checkpoint)]
         results = self.out / "results" / f"all_{opts.dataset}_{task.name}_{run_name}.json"
         log = self.out / f"{run_name}.log"
         epochs = len(opts.step) * opts.epochs
         title = f"{self.variant}, {run_name}" if self.variant else run_name
         kind = f"{self.variant} {name}"
+        checkpoint = self.out / "checkpoints" / f"{task.name}-{task.dataset}_{run_name}_0.pth" if shared else None
         kept = None if shared else results
-        return Job(title, run_name, [*words, *own], log, epochs, after, kept, kind, max(opts.step))
+        return Job(title, run_name, [*words, *own], log, epochs, after, kept, checkpoint, kind, max(opts.step))
+
+
+def what_step0_reads(opts: Namespace) -> list[tuple[str, str]]:
+    """What decides the weights of step 0: its options, and of the task its classes, with those of all later steps in any order.
+
+    Args:
+        opts: of step 0.
+    """
+    task = dataset.load_task(opts, 0)
+    later = sorted(class_id for step in task.steps[1:] for class_id in step)
+    classes = {"classes": list(task.new), "later classes": later}
+    names = {"method", "config", "preset", "explicit", "preset_applied", "task_preset", "dry_run", "task", "task_file"}
+    read = {dest: value for dest, value in vars(opts).items() if dest not in argparser.later_options() | names}
+    return sorted((dest, str(value)) for dest, value in (read | classes).items())
 
 
 def parse(words: Sequence[str], place: str) -> Namespace:

@@ -141,6 +141,29 @@ def test_seeds_and_variants_have_runs_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("base", "later", "same"),
+    [
+        ([0, 1], [[3], [2]], True),  # another order of the later classes
+        ([0, 1], [[2, 3]], True),  # in other steps
+        ([0, 1], [[2]], False),  # other classes in all
+        ([0, 2], [[1], [3]], False),
+    ],
+)
+def test_variants_share_step_0_where_its_classes_are_the_same(tmp_path, base, later, same):
+    for name, steps in {"first": [[0, 1], [2], [3]], "second": [base, *later]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "steps": steps}))
+    tasks = {name: {"options": {"task": None, "task_file": f"{name}.json"}} for name in ("first", "second")}
+    found = plan.read(write(tmp_path, variants=tasks))
+    shared: dict = {}
+    plans = [plan.Plan(found, variant, tmp_path / "out", shared=shared) for variant in found.variants]
+    steps0 = [job for job in study.all_jobs(plans) if job.after is None]
+    assert len(steps0) == (1 if same else 2)
+    assert {job.after.title for one in plans for job in one.jobs} == {job.title for job in steps0}
+    folders = {Path(value(job, "step_ckpt")).parent.parent.name for one in plans for job in one.jobs}
+    assert folders == ({"first"} if same else {"first", "second"})
+
+
+@pytest.mark.parametrize(
     ("entries", "said"),
     [
         ({"method": {}}, "'method' is not an entry of a study"),
@@ -308,12 +331,22 @@ def test_a_figure_over_the_score_of_step_0():
 
 
 def test_a_study_of_variants_draws_both_figures(tmp_path):
-    """From the command line: every variant has a step 0 of its own."""
-    variants = {"few": {"step0": {"shapes_train": 8}}, "more": {"step0": {"epochs": 2}}}
+    """From the command line: a variant has a step 0 of its own unless another one has the same."""
+    (tmp_path / "order.json").write_text(json.dumps({"name": "order", "steps": [list(range(7)), [10, 9, 8, 7]]}))
+    more, order = {"epochs": 2}, {"task": None, "task_file": "order.json"}
+    variants = {
+        "few": {"step0": {"shapes_train": 8}},
+        "more": {"step0": dict(more)},
+        "order": {"step0": more, "options": order},
+    }
     path = write(tmp_path, methods={"FT": None}, options=TINY | {"epochs": 1}, variants=variants)
-    assert study.main([str(path), "--out", str(tmp_path / "out")]) == 0
-    for name in ("miou_by_variant", "miou_by_step0", "miou_by_step_few", "miou_by_step_more"):
-        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    out = tmp_path / "out"
+    assert study.main([str(path), "--out", str(out)]) == 0
+    for name in ("by_variant", "by_step0", "by_step_few", "by_step_more", "by_step_order"):
+        assert (out / f"miou_{name}.png").stat().st_size > 1000
+    assert sorted(file.parts[-3] for file in out.glob("*/checkpoints/*_0.pth")) == ["few", "more"]
+    scores = {entry["variant"]: entry["steps"] for entry in json.loads((out / "scores.json").read_text())}
+    assert scores["order"]["0"]["class_iou"] == scores["more"]["0"]["class_iou"]  # tested again under the other task
 
 
 def test_rows_and_variants_of_the_command_line(tmp_path, capsys):
