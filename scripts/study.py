@@ -35,7 +35,7 @@ from scripts.studies import execute, plan  # noqa: E402
 from scripts.studies.plan import Job, Plan, Study  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.reporting import figures, page, results, runs  # noqa: E402
-from utils.reporting.runs import TaskRuns  # noqa: E402
+from utils.reporting.runs import Run, TaskRuns  # noqa: E402
 from utils.reporting.tables import Table  # noqa: E402
 
 
@@ -181,10 +181,16 @@ def ended_runs(plans: Sequence[Plan], out: Path) -> dict[str, list[TaskRuns]]:
     Raises:
         UserError: there are none.
     """
-    found = {one.variant: [job.results for job in one.jobs if job.results and job.has_ended] for one in plans}
+    found = {one.variant: [job for job in one.jobs if job.has_ended] for one in plans}
     if not any(found.values()):
         raise UserError(f"no run of the study has ended in {out}; leave --table out, or name another folder with --out")
-    return {variant: runs.by_task(runs.read(files)) for variant, files in found.items() if files}
+    return {variant: runs.by_task(_runs(jobs)) for variant, jobs in found.items() if jobs}
+
+
+def _runs(jobs: Sequence[Job]) -> list[Run]:
+    """The results of jobs, each with the name of its row."""
+    found = runs.read([job.results for job in jobs if job.results])
+    return [replace(run, row=job.row) for run, job in zip(found, jobs)]
 
 
 def show(study: Study, tasks: dict[str, list[TaskRuns]], out: Path) -> None:

@@ -86,6 +86,7 @@ class Job:
         checkpoint: of a shared step 0, from which later steps start; None for other jobs.
         kind: jobs of one kind take the same time an epoch.
         last_step: the last step that it trains.
+        row: name of its row; that of the first row which has it where rows share a step 0.
     """
 
     title: str
@@ -98,6 +99,7 @@ class Job:
     checkpoint: Path | None = None
     kind: str = ""
     last_step: int = 0
+    row: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -275,7 +277,7 @@ class Plan:
         kind = f"{self.variant} {name}"
         checkpoint = self.out / "checkpoints" / f"{task.name}-{task.dataset}_{run_name}_0.pth" if shared else None
         kept = None if shared else results
-        return Job(title, run_name, [*words, *own], log, epochs, after, kept, checkpoint, kind, max(opts.step))
+        return Job(title, run_name, [*words, *own], log, epochs, after, kept, checkpoint, kind, max(opts.step), name)
 
 
 def what_step0_reads(opts: Namespace) -> list[tuple[str, str]]:

@@ -362,13 +362,27 @@ def test_rows_and_variants_of_the_command_line(tmp_path, capsys):
 
 def test_a_part_of_a_study_has_the_step_0_of_the_whole(tmp_path, capfd):
     """The shared step 0 is that of the first row, also if that row is not among those that are asked for."""
-    path = write(tmp_path, methods={"FT": None, "LWF": {"loss_kd": 10}, "MiB": None}, options=TINY | {"epochs": 1})
-    words = [str(path), "--out", str(tmp_path / "out")]
-    assert study.main([*words, "--methods", "MiB"]) == 0
-    assert study.main([*words, "--methods", "LWF"]) == 0  # was refused: its step 0 had been written with other options
+    methods = {"FT": None, "LWF, α 10": {"method": "LWF", "loss_kd": 10}, "MiB": None}
+    path = write(tmp_path, methods=methods, options=TINY | {"epochs": 1}, seeds=[1, 2])
+    words, table = [str(path), "--out", str(tmp_path / "out")], tmp_path / "out" / "table.md"
+    assert study.main([*words, "--seeds", "1", "--methods", "MiB"]) == 0
+    assert (
+        study.main([*words, "--seeds", "1", "--methods", "LWF, α 10"]) == 0
+    )  # was refused: its step 0 had been written with other options
     assert "finished before" in capfd.readouterr().out
     named = {file.stem.split("_")[-1] for file in (tmp_path / "out" / "results").glob("*.json")}
-    assert named == {"step0-seed42", "MiB-seed42", "LWF-seed42"}
+    assert named == {"step0-seed1", "MiB-seed1", "LWF-10-seed1"}
+    assert "| LWF, α 10 | 1 " in table.read_text()  # not the name of its files
+    copy_of_seed_1(tmp_path / "out" / "results", "LWF-10", {"a_later_option": 3})
+    assert study.main([*words, "--table"]) == 0
+    assert "| LWF, α 10 | 2 " in table.read_text()  # a row is a row, also where a version has stored more options
+
+
+def copy_of_seed_1(results, name, options):
+    """The results of seed 2, which has further options."""
+    document = json.loads((results / f"all_shapes_6-4_{name}-seed1.json").read_text())
+    document |= {"name": f"{name}-seed2", "options": document["options"] | options}
+    (results / f"all_shapes_6-4_{name}-seed2.json").write_text(json.dumps(document))
 
 
 def test_a_failed_run_is_said_and_the_others_go_on(tmp_path, capfd):

@@ -52,11 +52,13 @@ class Run:
         path: of the JSON.
         label: its name; differs from those of all other runs of the report.
         document: as `utils.reporting.documents.read` returns it.
+        row: name of the row of a study to which it belongs; "" if there is none.
     """
 
     path: Path
     label: str
     document: Mapping[str, Any]
+    row: str = ""
 
     @property
     def steps(self) -> dict[int, Mapping[str, Any]]:
@@ -247,7 +249,7 @@ def _tests(run: Run) -> dict[int, str]:
 
 
 def by_task(runs: Sequence[Run]) -> list[TaskRuns]:
-    """Group runs by task and, within a task, by method.
+    """Group runs by task and, within a task, by row of their study or, where they have none, by method and options.
 
     Args:
         runs: of any tasks.
@@ -276,17 +278,21 @@ def by_task(runs: Sequence[Run]) -> list[TaskRuns]:
 def _task(runs: Sequence[Run]) -> TaskRuns:
     methods: dict[str, list[Run]] = {}
     for run in runs:
-        options = run.document.get("options")
-        same = sorted((key, value) for key, value in options.items() if key not in NOT_OF_THE_METHOD) if options else ()
-        seedless = _without_seed(run.document["name"])
-        methods.setdefault(f"{seedless} {same if options else run.label}", []).append(run)
+        methods.setdefault(run.row or _method_and_options(run), []).append(run)
     groups = list(methods.values())
-    names = [runs[0].document.get("method") or _name(runs) for runs in groups]
+    names = [runs[0].row or runs[0].document.get("method") or _name(runs) for runs in groups]
     labels = _different(_different(names, [_name(runs) for runs in groups]), [runs[0].label for runs in groups])
     first = runs[0].document
     return TaskRuns(
         first["dataset"], first["task"], first.get("base_classes"), tuple(map(Group, labels, map(tuple, groups)))
     )
+
+
+def _method_and_options(run: Run) -> str:
+    """What the runs of one method have in common: their name without the seed, and the options that may not differ."""
+    options = run.document.get("options")
+    same = sorted((key, value) for key, value in options.items() if key not in NOT_OF_THE_METHOD) if options else ()
+    return f"{_without_seed(run.document['name'])} {same if options else run.label}"
 
 
 def _name(runs: Sequence[Run]) -> str:
