@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from matplotlib.axes import Axes
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
-from scripts.studies.search import Runs
+from scripts.studies.search import Dimension, Runs
 from scripts.studies.trials import describe
 from utils.reporting import figures
 from utils.types import TAP_NAMES
+
+SCORE = "mIoU on held-out training images (%)"
+#: Panels of scores by value in a row of the figure.
+PANELS = 4
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -74,7 +79,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def draw(runs: Runs, study: optuna.Study, path: Path) -> None:
-    """Draw the trials, what mattered, and the mean score by scheme where schemes of taps were searched.
+    """Draw the trials, what mattered, the mean score by scheme where schemes of taps were searched, and the scores by every other value.
 
     Args:
         runs: of the search.
@@ -82,27 +87,65 @@ def draw(runs: Runs, study: optuna.Study, path: Path) -> None:
         path: of the PNG.
     """
     schemes = [dimension for dimension in runs.search.space if dimension.name.startswith("tap_schemes.")]
-    figure = figures.new_figure(2 * figures.WIDTH, 3.4 * (2 if schemes else 1))
-    grid = figure.add_gridspec(2 if schemes else 1, 2)
-    _draw_trials(figure.add_subplot(grid[0, 0]), study)
-    _draw_importances(figure.add_subplot(grid[0, 1]), importances(study))
+    others = [dimension for dimension in runs.search.space if dimension not in schemes]
+    panels = [others[i : i + PANELS] for i in range(0, len(others), PANELS)]
+    rows = 1 + bool(schemes) + len(panels)
+    figure = figures.new_figure(2 * figures.WIDTH, 3.4 * rows)
+    grid = figure.add_gridspec(rows, 1)
+    top = grid[0].subgridspec(1, 2)
+    _draw_trials(figure.add_subplot(top[0]), study)
+    _draw_importances(figure.add_subplot(top[1]), importances(study))
     if schemes:
-        _draw_schemes(figure.add_subplot(grid[1, :]), study)
+        _draw_schemes(figure.add_subplot(grid[1]), study)
+    for row, dimensions in zip(range(rows - len(panels), rows), panels):
+        cells = grid[row].subgridspec(1, len(dimensions))
+        for column, dimension in enumerate(dimensions):
+            _draw_values(figure.add_subplot(cells[column]), study, dimension, SCORE if column == 0 else "")
     figure.savefig(path, dpi=150)
 
 
 def _draw_trials(axes: Axes, study: optuna.Study) -> None:
+    _plot_scores(axes, study, lambda trial: trial.number + 1)
+    done = completed(study)
+    best = np.maximum.accumulate([trial.value or 0.0 for trial in done])
+    axes.step([t.number + 1 for t in done], best, where="post", color=figures.INK, linewidth=1, label="best so far")
+    figures.prepare(axes, "trial", SCORE)
+    axes.legend(fontsize="small", frameon=False)
+
+
+def _draw_values(axes: Axes, study: optuna.Study, dimension: Dimension, title: str) -> None:
+    """Scores by the value of one dimension: choices side by side, a range on its own scale."""
+    choices = dimension.choices
+    place = (lambda value: value) if choices is None else choices.index
+    _plot_scores(axes, study, lambda trial: place(trial.params[dimension.name]), dimension.name)
+    figures.prepare(axes, dimension.name, title)
+    if choices is not None:
+        axes.set_xticks(range(len(choices)), list(map(str, choices)))
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    elif dimension.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+
+
+def _plot_scores(
+    axes: Axes, study: optuna.Study, place: Callable[[FrozenTrial], float], name: str | None = None
+) -> None:
+    """A mark for each trial that has a score: at its place, and with one form for finished and one for pruned trials.
+
+    Args:
+        axes: to draw into.
+        study: with the trials.
+        place: abscissa of a trial.
+        name: dimension that a trial must have; None: every trial is drawn.
+    """
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
+    trials = [trial for trial in trials if name is None or name in trial.params]
     for index, state in enumerate((TrialState.COMPLETE, TrialState.PRUNED)):
         shown = [trial for trial in trials if trial.state == state]
         style: dict[str, Any] = {"marker": ("o", "x")[index], "color": figures.SERIES[index], "linestyle": "none"}
         label = ("trained to the end", "pruned, its last score")[index]
-        axes.plot([t.number + 1 for t in shown], [t.value or 0.0 for t in shown], markersize=5, label=label, **style)
-    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    best = np.maximum.accumulate([trial.value or 0.0 for trial in done])
-    axes.step([t.number + 1 for t in done], best, where="post", color=figures.INK, linewidth=1, label="best so far")
-    figures.prepare(axes, "trial", "mIoU on held-out training images (%)")
-    axes.legend(fontsize="small", frameon=False)
+        axes.plot([place(t) for t in shown], [t.value or 0.0 for t in shown], markersize=5, label=label, **style)
 
 
 def _draw_importances(axes: Axes, found: dict[str, float]) -> None:
@@ -114,7 +157,7 @@ def _draw_importances(axes: Axes, found: dict[str, float]) -> None:
 
 
 def _draw_schemes(axes: Axes, study: optuna.Study) -> None:
-    """Mean score of the finished trials by tap and scheme, with their number."""
+    """Mean score of the finished trials by tap and scheme."""
     scores: dict[tuple[str, str], list[float]] = {}
     for trial in completed(study):
         for name, value in trial.params.items():
