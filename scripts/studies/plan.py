@@ -231,32 +231,39 @@ class Plan:
         mine, extra = self._words(name, own), self.extra
         opts = self._parse(name, [*shared, *mine, *at_step0, *extra, "--dry_run"])
         last = dataset.load_task(opts, 0).last_step
-        first = [
-            *shared,
-            *self._words(name, self.step0),
-            *mine,
-            *at_step0,
-            *extra,
-            *rates(opts.lr, last, [0]),
-            "--step",
-            "0",
-        ]
+        before = [*shared, *self._words(name, self.step0)]
+        end = [*extra, *rates(opts.lr, last, [0]), "--step", "0"]
+        first = [*before, *mine, *at_step0, *end]
         if last == 0:
             return self._job(name, name, seed, first)
         steps = range(1, last + 1)
         opts = self._parse(name, [*shared, *mine, *at_later, *extra, "--dry_run"])
         later = [*shared, *self._words(name, self.later), *mine, *at_later, *extra, *rates(opts.lr, last, steps)]
-        return self._job(name, name, seed, [*later, "--step", *map(str, steps)], self._step0(name, first, seed))
+        step0 = self._step0(name, first, [*before, "--method", "FT", *end], seed)
+        return self._job(name, name, seed, [*later, "--step", *map(str, steps)], step0)
 
-    def _step0(self, name: str, words: Sequence[str], seed: int) -> Job:
-        """The step 0 of a row: that of another row or variant where no option that step 0 reads differs."""
-        opts = self._parse(name, [*words, "--dry_run"])
-        key = f"{seed} {what_step0_reads(opts)}"
+    def _step0(self, name: str, words: Sequence[str], plain: Sequence[str], seed: int) -> Job:
+        """The step 0 of a row: that of another row or variant where no option that step 0 reads differs.
+
+        Args:
+            name: of the row.
+            words: its command line.
+            plain: that of fine-tuning, which is taken where it trains the same. Options of later steps are then not stored with step 0,
+                so that it does not matter which row comes first.
+            seed: of the run.
+        """
+        read = self._step0_reads(name, words)
+        with contextlib.suppress(UserError):
+            words = plain if self._step0_reads(name, plain) == read else words
+        key = f"{seed} {read}"
         if key not in self._shared:
             others = any(job.words[job.words.index("--random_seed") + 1] == str(seed) for job in self._own_first)
             self._shared[key] = self._job(f"step0-{name}" if others else "step0", name, seed, words, shared=True)
             self._own_first.append(self._shared[key])
         return self._shared[key]
+
+    def _step0_reads(self, name: str, words: Sequence[str]) -> list[tuple[str, str]]:
+        return what_step0_reads(self._parse(name, [*words, "--dry_run"]))
 
     def _job(
         self, title: str, name: str, seed: int, words: Sequence[str], after: Job | None = None, shared: bool = False

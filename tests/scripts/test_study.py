@@ -56,6 +56,16 @@ def test_rows_share_step_0_unless_it_differs(tmp_path):
     assert value(joint, "task") == "offline" and value(joint, "step") == [0]
 
 
+def test_the_shared_step_0_does_not_depend_on_the_order_of_the_rows(tmp_path):
+    """It is that of fine-tuning; where fine-tuning refuses an option of the study, that of the first row."""
+    rows = {"PLOP": {"unkd": True, "loss_kd": 3}, "FT": None}
+    first = [planned(tmp_path, methods=dict(order)).jobs[0].after for order in (rows.items(), reversed(rows.items()))]
+    assert [value(job, "method") for job in first] == ["FT", "FT"] and first[0].words == first[1].words
+    options = TINY | {"pod_logits": True}
+    only = planned(tmp_path, options=options, methods={"LSKD": None}).jobs[0].after
+    assert value(only, "method") == "LSKD"
+
+
 @pytest.mark.parametrize(
     ("own", "shared"),
     [
