@@ -383,7 +383,7 @@ class Trainer(Evaluator):
         self.history[-1]["validation_miou"] = miou
         values = {"val/mIoU_training_labels": miou, "val/accuracy_training_labels": accuracy}
         self.log.scalars(values, self.total_iterations)
-        parts = of_old_and_new(scores["Class IoU"], self.task.num_old) if self.opts.val_by_teacher is not None else ""
+        parts = of_old_and_new(scores, self.task.num_old) if self.opts.val_by_teacher is not None else ""
         self.log.info(
             f"step {self.task.step} epoch {self.epoch}/{self.opts.epochs}: validation mIoU {miou:.2f} %{parts} "
             f"({dataset.labels_of_validation(self.opts, self.task)})"

@@ -20,8 +20,11 @@ from utils.errors import UserError
 
 #: What a validation with --val_by_teacher prints.
 _SCORES = re.compile(
-    r"step \d+ epoch (\d+)/(\d+): validation mIoU ([\d.]+) %, old ([\d.]+|-), new ([\d.]+|-) ", flags=re.MULTILINE
+    r"step \d+ epoch (\d+)/(\d+): validation mIoU ([\d.]+) %, old ([\d.]+|-), new ([\d.]+|-), old objects on ([\d.]+) %",
+    flags=re.MULTILINE,
 )
+#: Share of the pixels in percent below which a note says that old objects hardly count.
+FEW_OLD = 5.0
 #: run.py's exit code for a loss that is not finite: the values do not work, which is their score.
 DIVERGED = 3
 #: run.py's exit codes after Ctrl-C and SIGTERM.
@@ -82,7 +85,7 @@ def read_scores(log: Path) -> dict[int, Scores]:
     """By epoch the mIoU of all, of old and of new classes, in percent, that a run has printed."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     found: dict[int, Scores] = {}
-    for epoch, _, every, old, new in _SCORES.findall(text):
+    for epoch, _, every, old, new, _ in _SCORES.findall(text):
         parts = [None if value == "-" else float(value) for value in (old, new)]
         found[int(epoch)] = (float(every), parts[0], parts[1])
     return found
@@ -100,6 +103,7 @@ class Trials:
     def __init__(self, runs: Runs, study: optuna.Study, say: Callable[[str], None]):
         self.runs, self.search, self.study, self.say = runs, runs.search, study, say
         self.lock = threading.Lock()
+        self.noted = False
         self.unfinished = list(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if not study.trials and (published := runs.published()):
             study.enqueue_trial(published)
@@ -181,6 +185,8 @@ class Trials:
 
         def hear(line: str) -> bool:
             match = _SCORES.match(line)
+            if match:
+                self._note_share(float(match[6]))
             if not match or not prunable or stopped_at:
                 return False
             with self.lock:
@@ -203,6 +209,14 @@ class Trials:
             self._report(trial, scores)
         found.append(scores[max(scores)])
         return False, ""
+
+    def _note_share(self, share: float) -> None:
+        """Say once that the score cannot show what is forgotten, because the held-out images have few pixels of old objects."""
+        if share < FEW_OLD and not self.noted:
+            self.noted = True
+            self.say(
+                f"note: old objects cover {share:.2f} % of the held-out pixels that count, so the score hardly shows what is forgotten"
+            )
 
     def _report(self, trial: Trial, scores: dict[int, Scores]) -> None:
         """Give Optuna the scores of the epochs that it does not have yet."""

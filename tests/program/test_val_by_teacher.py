@@ -83,22 +83,26 @@ def test_the_score_is_that_of_both_checkpoints(tmp_path, capsys):
     capsys.readouterr()
     launch(tmp_path, "--step 1 --cross_val --no_test --val_by_teacher 0.3 --lr 0.1")
     line = next(line for line in capsys.readouterr().out.splitlines() if "validation mIoU" in line)
-    all_, old, new = map(float, re.search(r"mIoU ([\d.]+) %, old ([\d.]+), new ([\d.]+) ", line).groups())
+    said = r"mIoU ([\d.]+) %, old ([\d.]+), new ([\d.]+), old objects on ([\d.]+) % of the pixels \("
+    all_, old, new, share = map(float, re.search(said, line).groups())
     teacher, student = (load(path).model for path in sorted((tmp_path / "checkpoints").glob("*_[01].pth")))
     opts = thin.options(f"{HELD_OUT} --cross_val --no_test", 1)
     task = dataset.load_task(opts, 1)
     metrics = StreamSegMetrics(task.num_total)
     val = dataset.build(opts, task).val
     batches = [(image[None], labels[None]) for image, labels in (val[i] for i in range(len(val)))]
+    counted = torch.zeros(9, dtype=torch.int64)
     with torch.no_grad():
         for images, labels in TeacherLabelled(batches, teacher, 0.3):
             assert set(labels.unique().tolist()) <= {*range(9), 255}
+            counted += torch.bincount(labels.flatten(), minlength=256)[:9]
             metrics.update(labels, student(images).logits.argmax(1))
     found = metrics.get_results()
     ious = found["Class IoU"]
     parts = [[ious[c] for c in classes if ious[c] is not None] for classes in (range(7), range(7, 9))]
     expected = [found["Mean IoU"], *(sum(part) / len(part) for part in parts)]
     assert [all_, old, new] == pytest.approx([100 * value for value in expected], abs=0.011)
+    assert share == pytest.approx(100 * int(counted[1:7].sum()) / int(counted.sum()), abs=0.011)
 
 
 def test_a_step_without_a_test_is_tested_later(tmp_path, capsys):
