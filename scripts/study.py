@@ -147,12 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = plan.read(arguments.study)
         study = selected(whole, arguments)
         out = arguments.out or Path("runs") / plan.file_name(study.name)
-        planned = replace(whole, seeds=study.seeds)
-        shared: dict[str, Job] = {}
-        every = {
-            variant: Plan(planned, variant, out, arguments.words, study.methods, shared) for variant in whole.variants
-        }
-        plans = [every[variant] for variant in study.variants]
+        plans = plans_of(whole, study, out, arguments.words)
         jobs = all_jobs(plans)
         if arguments.list:
             print("\n".join(f"run.py {' '.join(job.words)}" for job in jobs))
@@ -173,6 +168,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"\nthe page to open: {out / 'report.html'}")
     return 0
+
+
+def plans_of(whole: Study, study: Study, out: Path, words: Sequence[str]) -> list[Plan]:
+    """The plans of the variants that are asked for, which share the steps 0 of the whole study.
+
+    A variant that is not asked for may be one that run.py refuses, such as one that needs other words after "--".
+
+    Args:
+        whole: the file.
+        study: the part of it that is asked for.
+        out: folder of the study.
+        words: for all runs.
+
+    Raises:
+        UserError: options that run.py refuses.
+    """
+    shared: dict[str, Job] = {}
+    plans: dict[str, Plan] = {}
+    for variant in whole.variants:
+        try:
+            plans[variant] = Plan(replace(whole, seeds=study.seeds), variant, out, words, study.methods, shared)
+        except UserError:
+            if variant in study.variants:
+                raise
+    return [plans[variant] for variant in study.variants]
 
 
 def ended_runs(plans: Sequence[Plan], out: Path) -> dict[str, list[TaskRuns]]:

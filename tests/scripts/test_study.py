@@ -365,6 +365,13 @@ def test_rows_and_variants_of_the_command_line(tmp_path, capsys):
     assert study.main([str(path), "--methods", "MiB", "--variants", "more", "--list"]) == 0
     listed = capsys.readouterr().out
     assert "MiB-seed42" in listed and "FT-seed42" not in listed and "/more/" in listed and "/few/" not in listed
+    words = ["--", "--pod_logits"]  # needs --pod, which one variant has
+    variants = {"without": {}, "with": {"options": {"pod": "local"}}}
+    path = write(tmp_path, methods={"PLOP": {"method": "FT"}}, options=TINY, variants=variants)
+    assert study.main([str(path), "--variants", "with", "--list", *words]) == 0
+    assert study.main([str(path), "--list", *words]) == 2
+    assert "--pod_logits needs --pod" in capsys.readouterr().err
+    path = write(tmp_path, methods={"FT": None, "MiB": None}, variants={"more": {"step0": {"epochs": 2}}})
     for option, said in (("--methods", "has no row 'x'; its rows are FT, MiB"), ("--variants", "has no variant 'x'")):
         assert study.main([str(path), option, "x"]) == 2
         assert said in capsys.readouterr().err
@@ -376,9 +383,8 @@ def test_a_part_of_a_study_has_the_step_0_of_the_whole(tmp_path, capfd):
     path = write(tmp_path, methods=methods, options=TINY | {"epochs": 1}, seeds=[1, 2])
     words, table = [str(path), "--out", str(tmp_path / "out")], tmp_path / "out" / "table.md"
     assert study.main([*words, "--seeds", "1", "--methods", "MiB"]) == 0
-    assert (
-        study.main([*words, "--seeds", "1", "--methods", "LWF, α 10"]) == 0
-    )  # was refused: its step 0 had been written with other options
+    # was refused: its step 0 had been written with other options
+    assert study.main([*words, "--seeds", "1", "--methods", "LWF, α 10"]) == 0
     assert "finished before" in capfd.readouterr().out
     named = {file.stem.split("_")[-1] for file in (tmp_path / "out" / "results").glob("*.json")}
     assert named == {"step0-seed1", "MiB-seed1", "LWF-10-seed1"}
