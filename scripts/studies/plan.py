@@ -12,7 +12,7 @@ methods:                                                                 # a row
   ALIFE: {step0: {lr: [0.02]}, later: {epochs: 5}}                       # options of this row for step 0, and for later steps
 variants:                                                                # optional: the whole study once for each
   4 epochs: {step0: {epochs: 4}}
-  8 epochs: {step0: {epochs: 8}}
+  8 epochs: {step0: {epochs: 8}, methods: {ALIFE: {later: {epochs: 10}}}}  # methods: changes of rows
 
 A relative path of task_file and preset is that of a file beside the study, or one in the current folder where there is none beside it.
 """
@@ -40,7 +40,7 @@ from utils.reporting import documents
 
 #: Entries of a study, and of a variant.
 KEYS = ("name", "options", "step0", "later", "seeds", "methods", "variants")
-OF_VARIANT = ("options", "step0", "later")
+OF_VARIANT = ("options", "step0", "later", "methods")
 #: Options whose relative path may start at the folder of the file.
 FILES = ("task_file", "preset")
 #: Options that the study sets itself.
@@ -58,7 +58,7 @@ class Study:
         seeds: `--random_seed` of each repetition.
         methods: by the name of the row, the options that differ; "method" is the row's name where it is not given. Its entries
             "step0" and "later" hold options for these steps alone.
-        variants: by name, changes of options, step0 and later; {"": {}} where there are none.
+        variants: by name, changes of options, step0, later and rows; {"": {}} where there are none.
     """
 
     path: Path
@@ -131,19 +131,23 @@ def read(path: Path) -> Study:
         for name, row in methods.items()
         for key in ("step0", "later")
     }
-    variants = {name: _variant(mappings["variants"], name, path) for name in mappings["variants"]} or {"": {}}
+    variants = {name: _variant(mappings["variants"], name, methods, path) for name in mappings["variants"]} or {"": {}}
     name = document.get("name", path.stem)
     if not isinstance(name, str) or not name.isprintable():
         raise UserError(f"{path}: name is {name!r}; give a text")
     for names in (methods, variants):
         if twice := [text for text, count in Counter(map(file_name, names)).items() if count > 1]:
             raise UserError(f"{path}: two entries are called {twice[0]!r} in file names; rename one of them")
-    shared = {key: mappings[key] for key in OF_VARIANT}
+    shared = {key: mappings[key] for key in ("options", "step0", "later")}
     rows = {f"methods, {name}": row for name, row in methods.items()}
     for place, options in (shared | rows | parts).items():
-        if taken := sorted(set(options) & set(OWN)):
-            raise UserError(f"{path}, {place}: {taken[0]!r} is set by the study itself; leave it out")
+        _refuse_own(options, f"{path}, {place}")
     return Study(path, name, seeds=repeated, methods=methods, variants=variants, **shared)
+
+
+def _refuse_own(options: Mapping[str, Any], place: str) -> None:
+    if taken := sorted(set(options) & set(OWN)):
+        raise UserError(f"{place}: {taken[0]!r} is set by the study itself; leave it out")
 
 
 def seeds(entry: Any, path: Path) -> tuple[int, ...]:
@@ -171,11 +175,34 @@ def mapping(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     return value
 
 
-def _variant(variants: Mapping[str, Any], name: str, path: Path) -> dict[str, dict[str, Any]]:
-    changes = mapping(variants, name, path)
+def _variant(variants: Mapping[str, Any], name: str, rows: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """The changes of a variant.
+
+    Args:
+        variants: of the file.
+        name: of the variant.
+        rows: the rows of the study.
+        path: of the file, for messages.
+    """
+    changes, place = mapping(variants, name, path), f"{path}, variant {name}"
     if unknown := sorted(set(changes) - set(OF_VARIANT)):
-        raise UserError(f"{path}, variant {name}: {unknown[0]!r} cannot vary; change {', '.join(OF_VARIANT)}")
-    return {key: mapping(changes, key, path) for key in changes}
+        raise UserError(f"{place}: {unknown[0]!r} cannot vary; change {', '.join(OF_VARIANT)}")
+    found = {key: mapping(changes, key, path) for key in changes}
+    for row in found.get("methods", {}):
+        if row not in rows:
+            raise UserError(f"{place}: {row!r} is no row of the study; its rows are {', '.join(rows)}")
+        found["methods"][row] = changed = mapping(found["methods"], row, path)
+        for options in (changed, *(mapping(changed, key, path) for key in ("step0", "later"))):
+            _refuse_own(options, f"{place}, {row}")
+    for key in set(found) - {"methods"}:
+        _refuse_own(found[key], f"{place}, {key}")
+    return found
+
+
+def _changed(row: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the changes of a variant; step0 and later are changed entry by entry."""
+    parts = {key: (row.get(key) or {}) | (changes.get(key) or {}) for key in ("step0", "later")}
+    return {**row, **changes, **parts}
 
 
 class Plan:
@@ -206,7 +233,11 @@ class Plan:
     ):
         self.study, self.variant, self.extra = study, variant, list(extra)
         changes = study.variants[variant]
-        self.options, self.step0, self.later = (getattr(study, key) | changes.get(key, {}) for key in OF_VARIANT)
+        self.options, self.step0, self.later = (
+            getattr(study, key) | changes.get(key, {}) for key in ("options", "step0", "later")
+        )
+        rows_of_variant = changes.get("methods", {})
+        self.rows = {name: _changed(row, rows_of_variant.get(name, {})) for name, row in study.methods.items()}
         self.out = out / file_name(variant) if variant else out
         self.parser = argparser.build_parser()
         self._shared = {} if shared is None else shared
@@ -224,7 +255,7 @@ class Plan:
 
     def _run(self, name: str, seed: int) -> Job:
         """The run of a row and a seed; its step 0 is added to `first` unless another row has the same."""
-        own = {"method": name} | self.study.methods[name]
+        own = {"method": name} | self.rows[name]
         at_step0, at_later = (self._words(name, own.pop(key, None) or {}) for key in ("step0", "later"))
         joint = str(own["method"]).lower() == "joint"
         shared = self._words(name, self.options | ({"task": OFFLINE} if joint else {}))

@@ -150,6 +150,15 @@ def test_seeds_and_variants_have_runs_of_their_own(tmp_path):
     assert str(tmp_path / "out" / "1-epoch") in str(plans[0].jobs[0].results)
 
 
+def test_a_variant_changes_a_row(tmp_path):
+    variants = {"as it is": {}, "changed": {"methods": {"PLOP": {"threshold": 0.5, "later": {"epochs": 7}}}}}
+    rows = {"FT": None, "PLOP": {"later": {"epochs": 5, "threshold": 0.25}}}
+    one, other = (planned(tmp_path, name, methods=rows, variants=variants).jobs for name in variants)
+    assert [[value(job, "epochs") for job in jobs] for jobs in (one, other)] == [[30, 5], [30, 7]]
+    assert [value(jobs[1], "threshold") for jobs in (one, other)] == [0.25, 0.25]
+    assert value(other[1].after, "epochs") == 30
+
+
 @pytest.mark.parametrize(
     ("base", "later", "same"),
     [
@@ -192,6 +201,13 @@ def test_variants_share_step_0_where_its_classes_are_the_same(tmp_path, base, la
         ({"methods": {"FTT": None}}, "FTT"),
         ({"methods": {"a b": {"method": "FT"}, "a-b": {"method": "FT"}}}, "rename one"),
         ({"variants": {"x": {"seeds": [1]}}}, "'seeds' cannot vary"),
+        ({"variants": {"x": {"options": {"name": "y"}}}}, "variant x, options: 'name' is set by the study itself"),
+        (
+            {"variants": {"x": {"methods": {"MiB": {}}}}},
+            "variant x: 'MiB' is no row of the study; its rows are FT, PLOP",
+        ),
+        ({"variants": {"x": {"methods": {"FT": {"later": {"step": 1}}}}}}, "variant x, FT: 'step' is set by the study"),
+        ({"variants": {"x": {"methods": {"FT": 3}}}}, "give names with values"),
         ({"name": ["x"]}, "give a text"),
     ],
 )
