@@ -9,6 +9,7 @@ What it leaves in `--out`:
 
     masks.png     by image: the image, the truth, the pseudo-labels, M of each masked tap (the share of its channels that is kept)
     masks.csv     for each masked tap the shares of old-object, new-object and background pixels that M covers, over all measured images
+    pseudo_labels.csv    which label old-object, new-object and background pixels are trained with, over the same images
 
 An old object is every pixel whose truth is an old class other than background. "Covered" are pixels at which M keeps some channel,
 "kept" is the mean of M over channels. M is enlarged to the size of the labels by its nearest position.
@@ -48,6 +49,8 @@ from utils.types import IGNORE, Batch  # noqa: E402
 
 #: Kinds of pixels by their truth.
 KINDS = ("old objects", "new objects", "background")
+#: What the label of the training is for a pixel, compared with the truth.
+OUTCOMES = ("right", "background", "another class", "ignored")
 #: Images of a batch.
 BATCH = 4
 
@@ -66,7 +69,7 @@ class Coverage:
     pixels: list[int] = field(default_factory=lambda: [0] * len(KINDS))
 
     def add(self, mask: Tensor, truth: Tensor, num_old: int) -> None:
-        """Count a batch.
+        """Count a batch. Pixels that the truth ignores are of no kind.
 
         Args:
             mask: (B, 1 or c, h, w), M of `utils.masks.tap_mask`.
@@ -76,8 +79,7 @@ class Coverage:
         size = truth.shape[-2:]
         kept = F.interpolate(mask.mean(1, keepdim=True), size=size)[:, 0]  # B×H×W
         covered = F.interpolate((mask > 0).any(1, keepdim=True).to(mask.dtype), size=size)[:, 0]  # B×H×W
-        old, new = (truth > 0) & (truth < num_old), (truth >= num_old) & (truth != IGNORE)
-        for place, pixels in enumerate((old, new, truth == 0)):
+        for place, pixels in enumerate(by_kind(truth, num_old)):
             self.covered[place] += float(covered[pixels].sum())
             self.kept[place] += float(kept[pixels].sum())
             self.pixels[place] += int(pixels.sum())
@@ -86,6 +88,47 @@ class Coverage:
         """Percent of the pixels of a kind that are covered, and that are kept; NaN where there are none."""
         count = self.pixels[place] or math.nan
         return 100 * self.covered[place] / count, 100 * self.kept[place] / count
+
+
+@dataclass
+class LabelCounts:
+    """Pixels by what they are and by the label that they are trained with.
+
+    Attributes:
+        pixels: number of pixels, by kind and outcome.
+    """
+
+    pixels: list[list[int]] = field(default_factory=lambda: [[0] * len(OUTCOMES) for _ in KINDS])
+
+    def add(self, labels: Tensor, truth: Tensor, num_old: int) -> None:
+        """Count a batch.
+
+        Args:
+            labels: (B, H, W), the labels of the training, with pseudo-labels.
+            truth: (B, H, W), labels of all classes seen so far.
+            num_old: number of old classes, background included.
+        """
+        right, ignored = labels == truth, labels == IGNORE
+        background = (labels == 0) & ~right
+        found = (right, background, ~(right | background | ignored), ignored)
+        for place, pixels in enumerate(by_kind(truth, num_old)):
+            for outcome, chosen in enumerate(found):
+                self.pixels[place][outcome] += int((chosen & pixels).sum())
+
+    def shares(self, place: int) -> list[float]:
+        """Percent of the pixels of a kind by outcome; NaN where there are none."""
+        count = sum(self.pixels[place]) or math.nan
+        return [100 * number / count for number in self.pixels[place]]
+
+
+def by_kind(truth: Tensor, num_old: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of each of `KINDS`.
+
+    Args:
+        truth: (B, H, W), labels of all classes seen so far.
+        num_old: number of old classes, background included.
+    """
+    return (truth > 0) & (truth < num_old), (truth >= num_old) & (truth != IGNORE), truth == 0
 
 
 class Masks:
@@ -197,17 +240,18 @@ def label_colours(opts: Namespace, ids: Sequence[int]) -> np.ndarray:
     return found
 
 
-def examine(masks: Masks, student: Loaded, arguments: Namespace) -> dict[str, Coverage]:
-    """Draw some images with their masks, and measure the masks of more of them; returns the coverage by tap."""
+def examine(masks: Masks, student: Loaded, arguments: Namespace) -> tuple[dict[str, Coverage], LabelCounts]:
+    """Draw some images with their masks, and measure more of them; returns the coverage by tap, and the labels."""
     opts, task = student.opts, student.task
     labelled, truth = dataset.examined(opts, task, arguments.split == "train")
     old, new = [c for c in task.old if c != 0], [c for c in task.new if c != 0]
     positions = choose(labelled, old, new, max(arguments.images, arguments.measure))
-    coverage = {tap: Coverage() for tap in masks.part.masked}
+    coverage, counts = {tap: Coverage() for tap in masks.part.masked}, LabelCounts()
     rows: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
     for images, labels, everything in batches(labelled, truth, positions):
         batch = masks.prepare(images, labels)
         found = {tap: mask.cpu() for tap, mask in masks.of(batch).items()}
+        counts.add(batch.labels.cpu(), everything, task.num_old)
         for tap, mask in found.items():
             coverage[tap].add(mask, everything, task.num_old)
         for i in range(len(images)):
@@ -215,11 +259,23 @@ def examine(masks: Masks, student: Loaded, arguments: Namespace) -> dict[str, Co
                 shown = {tap: mask[i].mean(0) for tap, mask in found.items()}
                 rows.append((denormalise(images[i]), everything[i], batch.labels[i].cpu(), shown))
     draw(rows, label_colours(opts, task.label_ids), arguments.out / "masks.png")
-    return coverage
+    return coverage, counts
+
+
+def write_labels(counts: LabelCounts, path: Path) -> None:
+    """Write the shares of the labels as CSV, and print them."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["pixels of", "number", *(f"{outcome} (%)" for outcome in OUTCOMES)])
+        for place, kind in enumerate(KINDS):
+            number, shares = sum(counts.pixels[place]), counts.shares(place)
+            table.writerow([kind, number, *(f"{share:.2f}" for share in shares)])
+            said = ", ".join(f"{share:.2f} % {outcome}" for share, outcome in zip(shares, OUTCOMES))
+            print(f"labels     {kind:<11} {number:>9} pixels: {said}")
 
 
 def write(coverage: dict[str, Coverage], path: Path) -> None:
-    """Write the shares as CSV, and print them."""
+    """Write the shares of the masks as CSV, and print them."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["tap", "pixels of", "number", "covered (%)", "kept (%)"])
@@ -264,11 +320,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         cuda = arguments.device != "cpu" and torch.cuda.is_available()
         masks = Masks(teacher, student, read(arguments.student), torch.device("cuda" if cuda else "cpu"))
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write(examine(masks, student, arguments), arguments.out / "masks.csv")
+        coverage, counts = examine(masks, student, arguments)
+        write(coverage, arguments.out / "masks.csv")
+        write_labels(counts, arguments.out / "pseudo_labels.csv")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"-> {arguments.out / 'masks.png'}, {arguments.out / 'masks.csv'}")
+    print("-> " + ", ".join(str(arguments.out / name) for name in ("masks.png", "masks.csv", "pseudo_labels.csv")))
     return 0
 
 

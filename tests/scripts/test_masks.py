@@ -32,6 +32,16 @@ def test_shares_by_hand():
     assert found.shares(1) == pytest.approx((100, 50)) and found.shares(2) == (0, 0)
 
 
+def test_labels_by_hand():
+    """Old classes are 1 and 2, the new one is 3; what the truth ignores is not counted."""
+    truth = torch.tensor([[[1, 1, 2, 2, 3, 0, 0, 0, 255]]])
+    labels = torch.tensor([[[1, 2, 0, 255, 3, 0, 1, 255, 1]]])
+    found = masks.LabelCounts()
+    found.add(labels, truth, num_old=3)
+    assert found.pixels == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 1, 1]]
+    assert found.shares(0) == [25, 25, 25, 25] and found.shares(1) == [100, 0, 0, 0]
+
+
 def test_the_masks_are_those_of_the_training(tmp_path):
     """With the thresholds of the checkpoint, for images in evaluation crops."""
     paths = checkpoints(tmp_path)
@@ -67,6 +77,11 @@ def test_the_program_draws_and_measures(tmp_path, capsys, split):
     assert sum(int(row["number"]) for row in table[:3]) <= 6 * 32 * 32
     assert all(0 <= float(row["kept (%)"]) <= float(row["covered (%)"]) <= 100 for row in table if row["number"] != "0")
     assert (out / "masks.png").stat().st_size > 10_000 and "% covered" in capsys.readouterr().out
+    with open(out / "pseudo_labels.csv", encoding="utf-8") as file:
+        labels = list(csv.DictReader(file))
+    assert [row["number"] for row in labels] == [row["number"] for row in table[:3]]
+    shares = [[float(row[f"{outcome} (%)"]) for outcome in masks.OUTCOMES] for row in labels]
+    assert all(sum(row) == pytest.approx(100, abs=0.03) for row in shares) and shares[1] == [100, 0, 0, 0]
 
 
 def test_refusals(tmp_path, capsys):
