@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -42,6 +43,25 @@ def test_metadata(installed):
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert found.requires == [line for line in lines if line and not line.startswith("#")]
     assert {entry.name: entry.value for entry in found.entry_points if entry.group == "console_scripts"} == COMMANDS
+
+
+def test_a_wheel_has_all_files_of_data(installed, tmp_path):
+    folder = installed[0].parents[3] / "the project"
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [*command, "--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(folder)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for name in FOLDERS
+        for suffix in ("json", "yaml")
+        for path in (ROOT / name).rglob(f"*.{suffix}")
+    }
+    assert "scripts/studies/presets/animals_found.yaml" in expected
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize(
