@@ -2,9 +2,10 @@
 
     python scripts/copy_results.py runs/shapes docs/results/shapes
 
-Copies table.md, table.csv, scores.json and study.json of scripts/study.py, trials.csv and preset.yaml of scripts/tune.py, masks.csv of
-scripts/masks.py, and the figures that show curves. What shows pixels of images (report.html, the pictures in results/, masks.png) stays
-where it is. Names of folders of the machine are cut off. Files of an earlier copy are replaced, others are left alone.
+Copies table.md, table.csv, scores.json and study.json of scripts/study.py, trials.csv and preset.yaml of scripts/tune.py, masks.csv
+and pseudo_labels.csv of scripts/masks.py, and the figures that show curves. What shows pixels of images (report.html, the pictures in
+results/, masks.png) stays where it is. Names of folders of the machine are cut off. Files of an earlier copy are replaced, others are
+left alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ sys.path.insert(0, str(ROOT))
 from utils.errors import UserError  # noqa: E402  (the project is run from its folder, not installed)
 
 #: Files that are copied, if they are there: text, and figures of curves alone.
-FILES = ("table.md", "table.csv", "scores.json", "study.json", "trials.csv", "preset.yaml", "masks.csv")
+FILES = (
+    "table.md",
+    "table.csv",
+    "scores.json",
+    "study.json",
+    "trials.csv",
+    "preset.yaml",
+    "masks.csv",
+    "pseudo_labels.csv",
+)
 FIGURES = ("miou_*.png", "trials.png")
 #: A path that says where something is on a machine: absolute, or above the current folder.
 _PLACE = re.compile(r"(?:/|\.\./|~)[^\0]*")

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
@@ -110,6 +111,7 @@ def _draw_trials(axes: Axes, study: optuna.Study) -> None:
     best = np.maximum.accumulate([trial.value or 0.0 for trial in done])
     axes.step([t.number + 1 for t in done], best, where="post", color=figures.INK, linewidth=1, label="best so far")
     figures.prepare(axes, "trial", SCORE)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize="small", frameon=False)
 
 
