@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import argparser
 from dataset import load_task, tasks
 from scripts import average_csv, launch
+from scripts.studies import plan
 from tests.support.paths import ROOT
 
 SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")])
@@ -146,6 +148,28 @@ def test_published_schedules(script, method, epochs, rates, batch, project, monk
     assert [opts.epochs for opts in options] == epochs
     assert [opts.lr for opts in options] == [[rate] for rate in rates]
     assert [2 * opts.batch_size for opts in options] == [batch] * 2
+
+
+@pytest.mark.parametrize("variant", ["19-1", "15-5", "15-1", "10-1"])
+def test_the_table_of_voc_has_the_schedules_of_the_scripts(variant, project, monkeypatch):
+    """All methods but Joint. The study has one number of epochs for all later steps, ALIFE's release another one for step 1 of 15-1."""
+    study = plan.read(ROOT / "scripts" / "studies" / "voc.yaml")
+    monkeypatch.chdir(project)
+    task = {"15-1": "15-5s"}.get(variant, variant)
+    for name in study.methods:
+        one = "19-1, disjoint" if (variant, name) == ("19-1", "SDR") else variant
+        (job,) = plan.Plan(replace(study, seeds=(1,)), one, project, ["--data_root", "my data"], [name]).jobs
+        if name == "Joint":
+            continue
+        given = [argparser.parse(words) for words in (job.after.words, job.words)]
+        steps = "0 2" if (variant, name) == ("15-1", "ALIFE") else "0 1"
+        variables = {"METHOD": name, "STEPS": steps, "DATA_ROOT": "my data", "GPUS": "1"}
+        options = [parsed(command) for command in commands(project, f"scripts/voc/{task}.sh", **variables)[:-1]]
+        for ours, theirs in zip(given, options):
+            for key in ("epochs", "batch_size", "opt_level", "overlap", "task", "crop_size", "backbone", "pretrained"):
+                assert getattr(ours, key) == getattr(theirs, key), (name, key)
+            assert ours.lr[0] == theirs.lr[0] and len(theirs.lr) == 1, name
+        assert given[1].method == options[1].method == name
 
 
 @pytest.mark.parametrize("path", ["scripts/voc/15-5s.sh", "scripts/ade/100-10.sh"])
