@@ -288,6 +288,7 @@ def _task(parser: argparse.ArgumentParser) -> None:
     add("--task_file", default=None, help="JSON with an order of classes of your own, instead of --task")
     add("--step", type=int, default=[0], nargs="+", help="step or steps to train, in this order")
     switch("--overlap", help="step images may show future classes; default: disjoint")
+    switch("--exclude_old", help="no training image of a later step shows an old class")
     add(
         "--step_ckpt",
         type=str,

@@ -102,7 +102,7 @@ def build(opts: Namespace, task: Task) -> Splits:
     """The data sets of a step.
 
     train: the training images that show a class of the step. Only the step's classes are labelled. Without `overlap`, images
-    that also show a class of a later step are left out.
+    that also show a class of a later step are left out; with `exclude_old` those that also show a class of an earlier step.
     val: the validation images that show a class of the step, with the same labels. With `cross_val` it is a random fifth of
     the training images, which are then not trained on.
     test: the validation images (`val_on_trainset`: training images) that show a class seen so far. All classes seen so far
@@ -111,7 +111,7 @@ def build(opts: Namespace, task: Task) -> Splits:
     20 % of validation images are used. With `no_test` the test set is empty, and with `cross_val` too, the validation split is not read.
 
     Args:
-        opts: dataset, data_root, crop_size, crop_val, overlap, data_masking, no_mask, cross_val, val_on_trainset,
+        opts: dataset, data_root, crop_size, crop_val, overlap, exclude_old, data_masking, no_mask, cross_val, val_on_trainset,
             test_on_val, no_test, disable_background, ignore_test_bg, random_seed; for the embedded data set shapes_train and shapes_val,
             numbers of scenes.
         task: the step.
@@ -129,12 +129,13 @@ def build(opts: Namespace, task: Task) -> Splits:
     learning = task.label_table(_masking(opts), ignore_background=opts.disable_background)
     evaluate = EvalTransform(opts.crop_size) if opts.crop_val else FullImage()
 
-    def chosen(train: bool, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
-        source = train_source if train else val_source
-        indices = _chosen(source, task, ids, disjoint)
-        return _share(indices, train, source.title) if opts.test_on_val else indices
+    def shared(indices: np.ndarray, train: bool) -> np.ndarray:
+        return _share(indices, train, (train_source if train else val_source).title) if opts.test_on_val else indices
 
-    indices = chosen(True, task.new, disjoint=not opts.overlap)
+    def chosen(train: bool, ids: tuple[int, ...]) -> np.ndarray:
+        return shared(_chosen(train_source if train else val_source, task, ids), train)
+
+    indices = shared(_trained_on(opts, train_source, task), train=True)
     if opts.cross_val:
         indices, held_out = _four_fifths(indices, opts.random_seed, train_source.title)
         val = _labelled(train_source, held_out, learning, evaluate)
@@ -169,7 +170,7 @@ def examined(opts: Namespace, task: Task, train: bool) -> tuple[SegmentationSet,
         train: its training images, or the test images that show a class of it.
     """
     source = _source(opts, train)
-    indices = _chosen(source, task, task.new, disjoint=train and not opts.overlap)
+    indices = _trained_on(opts, source, task) if train else _chosen(source, task, task.new)
     tables = (task.label_table(_masking(opts), ignore_background=opts.disable_background), task.label_table("test"))
     labelled, truth = (_labelled(source, indices, table, EvalTransform(opts.crop_size)) for table in tables)
     return labelled, truth
@@ -281,12 +282,26 @@ def _wanted(task: Task, ids: tuple[int, ...]) -> list[int]:
     return [class_id for class_id in ids if class_id != 0 or task.domain]
 
 
-def _chosen(source: Source, task: Task, ids: tuple[int, ...], disjoint: bool = False) -> np.ndarray:
-    """Indices of the images that show one of the ids (disjoint: and no id of a later step); UserError if there are none."""
+def _trained_on(opts: Namespace, source: Source, task: Task) -> np.ndarray:
+    """Indices of the training images of a step; see `build`."""
+    return _chosen(source, task, task.new, not opts.overlap, opts.exclude_old)
+
+
+def _chosen(
+    source: Source, task: Task, ids: tuple[int, ...], disjoint: bool = False, exclude_old: bool = False
+) -> np.ndarray:
+    """Indices of the images that show one of the ids; UserError if there are none.
+
+    Args:
+        disjoint: and no id of a later step.
+        exclude_old: and no id of an earlier step.
+    """
     allowed = [0, *task.order] if disjoint and not task.domain else None
-    indices = select(source.presence(), _wanted(task, ids), allowed)
+    excluded = _wanted(task, task.old) if exclude_old else []
+    indices = select(source.presence(), _wanted(task, ids), allowed, excluded)
     if len(indices) == 0:
         rule = " and no class of a later step (the disjoint setup; --overlap lifts this)" if allowed else ""
+        rule += " and no class of an earlier step (--exclude_old)" if excluded else ""
         raise UserError(
             f"step {task.step} of task {task.name}: no image of the {source.title} shows "
             f"one of the classes {_wanted(task, ids)}{rule}"

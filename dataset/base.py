@@ -163,13 +163,16 @@ class JoinedSet(Dataset):
         raise IndexError("the joined set has no such sample")
 
 
-def select(presence: np.ndarray, wanted: Sequence[int], allowed: Sequence[int] | None = None) -> np.ndarray:
+def select(
+    presence: np.ndarray, wanted: Sequence[int], allowed: Sequence[int] | None = None, excluded: Sequence[int] = ()
+) -> np.ndarray:
     """Indices of the images that belong to a step, by the classes that they show.
 
     Args:
         presence: (N, 256) bool, which ids each image shows.
         wanted: an image must show at least one of these ids.
         allowed: an image must show no other ids than these and 255 (disjoint setup); None: any other ids.
+        excluded: an image must show none of these ids.
 
     Returns:
         (M,) int64, sorted.
@@ -177,7 +180,7 @@ def select(presence: np.ndarray, wanted: Sequence[int], allowed: Sequence[int] |
     Reference:
         MiB (CVPR 2020), section 5.1: overlapped and disjoint setup.
     """
-    chosen = presence[:, list(wanted)].any(axis=1)
+    chosen = presence[:, list(wanted)].any(axis=1) & ~presence[:, list(excluded)].any(axis=1)
     if allowed is not None:
         foreign = np.ones(256, dtype=bool)
         foreign[[*allowed, IGNORE]] = False

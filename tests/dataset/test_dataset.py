@@ -22,6 +22,7 @@ from dataset.base import select
 from dataset.transform import FullImage, denormalise
 from tests.support.paths import FACTS
 from tests.support.tiny_folder import build, labels, options, save_image, save_mask, write_folder
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -62,6 +63,8 @@ def test_select_by_hand():
     assert select(presence, [1, 3]).tolist() == [0, 1, 2]
     assert select(presence, [1], allowed=[0, 1]).tolist() == [0]
     assert select(presence, [2], allowed=[0, 1, 2]).tolist() == [1]
+    assert select(presence, [1, 2], excluded=[3]).tolist() == [0, 1]
+    assert select(presence, [2], allowed=[0, 1, 2], excluded=[1]).tolist() == []
 
 
 # ---- labels, splits and samples
@@ -80,6 +83,28 @@ def test_select_by_hand():
 def test_images_of_a_step(root, step, overlap, train, val, test):
     splits = build(root, step, overlap=overlap)
     assert [data.indices.tolist() for data in splits] == [train, val, test]
+
+
+@pytest.mark.parametrize(
+    ("step", "overlap", "train"), [(0, True, [0, 1, 2, 3, 5, 7, 8, 9]), (1, True, [6]), (2, False, [4])]
+)
+def test_no_training_image_shows_an_old_class(root, step, overlap, train):
+    splits, with_old = build(root, step, overlap=overlap, exclude_old=True), build(root, step, overlap=overlap)
+    assert splits.train.indices.tolist() == train
+    assert splits.val.indices.tolist() == with_old.val.indices.tolist()
+    assert splits.test.indices.tolist() == with_old.test.indices.tolist()
+    examined, _ = dataset.examined(
+        options(root, overlap=overlap, exclude_old=True), dataset.load_task(options(root), step), train=True
+    )
+    assert examined.indices.tolist() == train
+
+
+def test_a_step_whose_images_all_show_an_old_class_is_refused(root):
+    (root / "order.json").write_text('{"name": "3-1", "steps": [[0, 1, 2, 4], [3]]}')
+    split = root / "splits" / "train.txt"
+    split.write_text("".join(f"{name}\n" for name in split.read_text().split() if name != "train4"))
+    with pytest.raises(UserError, match=r"one of the classes \[3\] and no class of an earlier step \(--exclude_old\)"):
+        build(root, 1, exclude_old=True, task_file=str(root / "order.json"))
 
 
 def test_labels_of_a_step(root):

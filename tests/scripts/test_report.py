@@ -147,7 +147,12 @@ def test_the_articles_rows_stand_beside_runs_of_its_task_alone(tmp_path):
     (task,) = runs.by_task(runs.read([write(tmp_path / "a", **voc)]))
     rows = {row[0]: row for row in page.summary_table(task).rows}
     assert rows["LSKD (article)"] == ["LSKD (article)", "-", "72.8", "34.5", "63.7", "-", "-"]
-    for changed in ({"dataset": "shapes"}, {"order": order[::-1]}, {"options": {"overlap": False}}):
+    for changed in (
+        {"dataset": "shapes"},
+        {"order": order[::-1]},
+        {"options": {"overlap": False}},
+        {"options": {"overlap": True, "exclude_old": True}},
+    ):
         (task,) = runs.by_task(runs.read([write(tmp_path / "b", **voc | changed)]))
         assert page.summary_table(task).rows[-1][:4] != rows["LSKD (article)"][:4]
 

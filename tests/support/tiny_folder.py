@@ -44,7 +44,7 @@ def options(root, **changed):
     values = {
         "dataset": "folder", "data_root": str(root), "task": None, "task_file": str(root / "task.json"),
         "palette": None,
-        "crop_size": 16, "crop_val": True, "overlap": True, "data_masking": "current", "no_mask": False,
+        "crop_size": 16, "crop_val": True, "overlap": True, "exclude_old": False, "data_masking": "current", "no_mask": False,
         "cross_val": False, "val_on_trainset": False, "test_on_val": False, "disable_background": False,
         "ignore_test_bg": False, "no_test": False, "random_seed": 42,
     }  # fmt: skip

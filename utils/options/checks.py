@@ -40,7 +40,10 @@ SHARED = Rules(
         ("--no_test", lambda o: o.no_test, "--test", lambda o: o.test),
     ],
     requires=[("val_by_teacher", "--cross_val", lambda o: o.cross_val)],
-    nothing_at_step_0={"val_by_teacher": "does nothing at step 0: there is no earlier model"},
+    nothing_at_step_0={
+        "val_by_teacher": "does nothing at step 0: there is no earlier model",
+        "exclude_old": "does nothing at step 0: there are no old classes",
+    },
     idle=[
         ("--dataset folder", lambda o: o.dataset == "folder", ["palette"]),
         ("--data_masking without --no_mask", lambda o: not o.no_mask, ["data_masking"]),
@@ -51,8 +54,8 @@ SHARED = Rules(
         ("a --step above 0", lambda o: max(o.step) > 0, ["base_weights"]),
         ("a training (not --test, --dry_run or --check_data)", lambda o: _trains(o), ["trial_batch"]),
     ],
-    later=["lr_old", "base_weights"],
-    classes_only={"dont_predict_bg": bool, "val_by_teacher": lambda least: least is not None},
+    later=["lr_old", "base_weights", "exclude_old"],
+    classes_only={"dont_predict_bg": bool, "exclude_old": bool, "val_by_teacher": lambda least: least is not None},
 )  # fmt: skip
 
 #: Remedy for a switch that a preset sets, because no option unsets it.
@@ -267,7 +270,7 @@ def _nothing_at_step_0(opts: Namespace, rules: Sequence[Rules]) -> None:
         for dest, why in rule.nothing_at_step_0.items():
             if dest in opts.explicit and is_given(opts, dest):
                 raise UserError(
-                    f"--{dest} {getattr(opts, dest)} {why}; leave --{dest} out, or train later steps too (--step 0 1)"
+                    f"{_shown(opts, dest)} {why}; leave --{dest} out, or train later steps too (--step 0 1)"
                 )
 
 

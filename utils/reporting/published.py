@@ -20,7 +20,10 @@ def rows(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     Returns:
         By method: old, new and all after the last step, in percent. Empty where the article has no such table.
     """
-    setting = "overlap" if document.get("options", {}).get("overlap") else "disjoint"
+    options = document.get("options", {})
+    if options.get("exclude_old"):  # in no article
+        return {}
+    setting = "overlap" if options.get("overlap") else "disjoint"
     tables = json.loads(FILE.read_text(encoding="utf-8"))
     methods, task = tables.get(f"{document['dataset']}_{setting}", {}), _paper_name(document["class_order"])
     return {method: scores[task] for method, scores in methods.items() if scores.get(task)}

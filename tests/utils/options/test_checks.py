@@ -175,7 +175,7 @@ def test_pseudo_labels_have_nothing_to_label_in_a_domain_incremental_task(tmp_pa
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"--{name}" for name in ("ce_on_new", "kd_new", "dont_predict_bg")),
+        *(f"--{name}" for name in ("ce_on_new", "kd_new", "dont_predict_bg", "exclude_old")),
         *("--entropy_min 1", "--sample_weights_new 2", "--nb_background_modes 3"),
         *("--align_weight old --align_weight_frequency task", "--kd_mask new", "--temperature_apply new"),
     ],
