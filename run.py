@@ -187,12 +187,13 @@ class StepRun:
 
     def go(self) -> None:
         """Train (unless the step is finished or only a test is asked for), test, record."""
+        # The first look is without the lock: runs that find the step finished do not refuse each other.
+        if distributed.on_main(self._plan).finished:
+            return
         lock = distributed.on_main(self._claim, local=True)
         try:
             plan: Plan = distributed.on_main(self._plan)
             if plan.finished:
-                finished = self.store.finished(self.task.step)
-                self.log.info(f"step {self.task.step} of {self.task.name} is finished: {finished}")
                 return
             # The main process scans the files first; the others then read its cache.
             distributed.on_main(lambda: dataset.build(self.opts, self.task) and None)
@@ -215,7 +216,7 @@ class StepRun:
         return None if self.opts.test else self.store.lock()
 
     def _plan(self) -> Plan:
-        """What is to be done, given `--test`, `--resume` and the files of earlier runs."""
+        """What is to be done, given `--test`, `--resume` and the files of earlier runs; prints a line if that is nothing."""
         if self.opts.test or not self.opts.resume:
             return Plan(test_only=self.opts.test)
         if self.store.interrupted():
@@ -224,8 +225,11 @@ class StepRun:
             return Plan()
         state = self.store.check_finished()
         self._continue_date(state)
-        recorded = results.recorded(self.opts, self.task, state["model_state"])
-        return Plan(finished=recorded or self.opts.no_test, test_only=True)
+        finished = self.opts.no_test or results.recorded(self.opts, self.task, state["model_state"])
+        if finished:
+            path = self.store.finished(self.task.step)
+            self.log.info(f"step {self.task.step} of {self.task.name} is finished: {path}")
+        return Plan(finished, test_only=True)
 
     def _record_previous(self) -> None:
         """Record the scores of the steps before the first step of this run, which the average over steps needs."""
