@@ -214,6 +214,13 @@ class Sparsity(Part):
         idle=[
             ("--loss_featspars above 0", lambda o: o.loss_featspars > 0, ["lfs_normalization", "lfs_shrinkingfn"]),
         ],
+        advice=[
+            (
+                "--loss_featspars {loss_featspars} divides by the sum of the features of a position. The last stage of mobilenet_v2 has "
+                "no activation, so its features sum to about 0 and the loss diverges; give --loss_featspars 0, or another --backbone",
+                lambda o: o.loss_featspars > 0 and o.backbone == "mobilenet_v2",
+            )
+        ],
         classes_only={"loss_featspars": bool},
     )
 

@@ -138,7 +138,7 @@ def notes(opts: Namespace, rules: Sequence[Rules]) -> list[str]:
         rules: as for `check_all`.
 
     Returns:
-        Flags without effect, what the preset sets for this task only, and options that do nothing here.
+        Flags without effect, what the preset sets for this task only, options that do nothing here, and the rules' advice.
     """
     lines = flags.no_effect(opts.explicit)
     if opts.task_preset:
@@ -153,6 +153,7 @@ def notes(opts: Namespace, rules: Sequence[Rules]) -> list[str]:
         for dest in dests
         if dest in opts.explicit and is_given(opts, dest) and not met(opts)
     ]
+    lines += [text.format(**vars(opts)) for rule in rules for text, applies in rule.advice if applies(opts)]
     if len(opts.lr) not in (1, len(opts.step)):
         unused = ", ".join(f"{rate:.10g}" for rate in opts.lr[1:-1])
         lines.append(

@@ -32,6 +32,7 @@ class Rules(NamedTuple):
         for_later: dests that step 0 reads, but that a command line for step 0 alone would not have.
         nothing_at_step_0: by dest, why it does nothing at step 0, as the rest of a sentence that begins with the option. A note says
             so; a command line for step 0 alone is refused, unless it has options of `later` or `for_later` of other rules.
+        advice: (what the user should know, when); a note before the start says so, and nothing is refused.
         classes_only: by dest, whether a value needs steps that add classes and a background; refused where steps are domains.
         check: raises UserError for rules that the fields above cannot express.
     """
@@ -46,5 +47,6 @@ class Rules(NamedTuple):
     later: Sequence[str] = ()
     for_later: Sequence[str] = ()
     nothing_at_step_0: Mapping[str, str] = {}
+    advice: Sequence[tuple[str, Test]] = ()
     classes_only: Mapping[str, Callable[[Any], bool]] = {}
     check: Callable[[Namespace], object] | None = None

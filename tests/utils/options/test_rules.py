@@ -106,6 +106,24 @@ class TestEvaluation:
         assert checks.notes(parse("--freeze"), rules) == ["--freeze does nothing here: it needs --fix_bn"]
         assert checks.notes(parse("--freeze --fix_bn"), rules) == checks.notes(parse(""), rules) == []
 
+    def test_advice(self):
+        rules = [checks.SHARED, Rules(advice=[("--lr_power {lr_power} is odd", lambda o: o.lr_power % 2 == 1)])]
+        assert checks.notes(parse("--lr_power 3"), rules) == ["--lr_power 3.0 is odd"]
+        assert checks.notes(parse("--lr_power 2"), rules) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "advised"),
+    [
+        ("--backbone mobilenet_v2 --method SDR", True),
+        ("--backbone mobilenet_v2 --method SDR --loss_featspars 0", False),
+        ("--backbone resnet18 --method SDR", False),
+    ],
+)
+def test_the_sparsity_of_features_that_sum_to_zero(text, advised):
+    notes = argparser.notes(parse(f"--dataset shapes --task 6-2 {text}"))
+    assert any("--loss_featspars 0.001 divides by the sum" in note for note in notes) == advised
+
 
 @pytest.mark.parametrize("dest", ["unce", "loss_kd", "icarl", "regularizer", "init_balanced", "lr_old", "pod"])
 def test_pseudo_labels_at_step_0_belong_to_a_command_line_of_all_steps(dest):
