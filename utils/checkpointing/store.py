@@ -323,12 +323,10 @@ class Store:
         return state
 
     def _same_options(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse a state of a run with other options. A file of an earlier version was trained with the defaults of newer options."""
         mine, theirs = plain_options(self.opts), state["options"]
-        changed = sorted(
-            key
-            for key in set(mine) | set(theirs)
-            if mine.get(key) != theirs.get(key) and key not in MAY_CHANGE_ON_RESUME
-        )
+        compared = theirs.keys() | self.opts.explicit | dict(self.opts.preset_applied).keys()
+        changed = sorted(key for key in compared - MAY_CHANGE_ON_RESUME if mine.get(key) != theirs.get(key))
         if changed or state["task"] != describe(self.task):
             differing = (
                 ", ".join(f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}" for key in changed) or "the task"

@@ -230,6 +230,21 @@ def test_a_finished_step_of_other_options_is_not_taken_for_this_one(tmp_path):
     assert "epochs was 1, is 2" in refusal(make(tmp_path, 0, "--epochs 2").check_finished)
 
 
+def test_a_file_of_an_earlier_version_was_trained_with_the_defaults_of_newer_options(tmp_path):
+    store = make(tmp_path)
+    store.save_finished(STATE, {})
+    path = store.finished(0)
+    state = checkpoint_files.load(path)
+    for newer in ("exclude_old", "loss_kd"):
+        del state["options"][newer]
+    checkpoint_files.save(path, state | {"options": state["options"] | {"gone": 1}})
+    assert "(gone was 1, is None)" in refusal(make(tmp_path).check_finished)
+    checkpoint_files.save(path, state)
+    assert make(tmp_path).check_finished()["epoch"] == 2
+    assert "loss_kd was None, is 3.0" in refusal(make(tmp_path, 0, "--loss_kd 3").check_finished)
+    assert "loss_kd was None, is 10.0" in refusal(make(tmp_path, 0, "--method MiB").check_finished)
+
+
 def test_every_option_that_may_change_exists():
     known = set(header.plain_options(thin.options())) | {"lr_of_step"}
     assert known >= header.MAY_CHANGE_ON_RESUME
