@@ -1,6 +1,7 @@
 """scripts/study.py: one step 0 for all that can share it, what the file of a study may say, and a study from end to end."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -354,6 +355,25 @@ def test_a_figure_over_the_score_of_step_0():
     assert marks[0] == marks[1] != marks[2] == marks[3]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["6-2", "8-2"]
     assert {text.get_text() for text in axes.texts} == {"MiB", "LSKD"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["with old objects", "without", "with old objects, lr 0.01", "without, lr 0.01"],
+        ["horse, sheep, person", "person, horse, sheep"],
+        ["300 scenes, 4 epochs", *(f"{epochs} epochs" for epochs in (1, 2, 4, 8)), "2 base classes", "8 base classes"],
+    ],
+)
+def test_names_of_variants_do_not_cover_each_other(names):
+    figure = figures.draw_variants({name: runs_of("6-2", {"MiB": [(60, 45)]}) for name in names})
+    figure.canvas.draw()
+    ticks = figure.axes[0].get_xticklabels()
+    assert [tick.get_text().replace("\n", " ") for tick in ticks] == names
+    boxes = [tick.get_window_extent() for tick in ticks]
+    assert min(box.x0 for box in boxes) >= 0 and min(box.y0 for box in boxes) >= 0
+    if len(names) < 5:  # rotated names have boxes that overlap where the names do not
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_study_of_variants_draws_both_figures(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,8 +111,11 @@ def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
                 spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         axes.errorbar(places, means, spreads, marker="o", markersize=4, capsize=3, **style_of(index))
         ends.append((places[-1], means[-1], label, style_of(index)["color"]))
-    prepare(axes, "", "mIoU of all classes after the last step (%)")
-    axes.set_xticks(range(len(tasks)), list(tasks), rotation=0 if len(tasks) < 5 else 30)
+    prepare(axes, "", "all classes, after the last step (%)")
+    if len(tasks) < 5:  # names in lines of words, so that neighbours do not cover each other
+        axes.set_xticks(range(len(tasks)), [textwrap.fill(name, 48 // len(tasks)) for name in tasks])
+    else:
+        axes.set_xticks(range(len(tasks)), list(tasks), rotation=30, ha="right", rotation_mode="anchor")
     axes.set_ylim(bottom=0)
     _label_ends(axes, ends)
     return figure
