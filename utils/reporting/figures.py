@@ -111,7 +111,7 @@ def draw_variants(tasks: Mapping[str, TaskRuns]) -> Figure:
                 spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         axes.errorbar(places, means, spreads, marker="o", markersize=4, capsize=3, **style_of(index))
         ends.append((places[-1], means[-1], label, style_of(index)["color"]))
-    prepare(axes, "", "all classes, after the last step (%)")
+    prepare(axes, "", "mIoU after the last step (%)")
     if len(tasks) < 5:  # names in lines of words, so that neighbours do not cover each other
         axes.set_xticks(range(len(tasks)), [textwrap.fill(name, 48 // len(tasks)) for name in tasks])
     else:
