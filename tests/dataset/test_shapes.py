@@ -12,8 +12,8 @@ from dataset import shapes
 def options(**changed):
     values = {
         "dataset": "shapes", "data_root": None, "task": "6-2", "task_file": None, "crop_size": 48, "crop_val": True,
-        "overlap": True, "data_masking": "current", "no_mask": False, "cross_val": False, "no_test": False, "val_on_trainset": False,
-        "test_on_val": False, "disable_background": False, "ignore_test_bg": False, "random_seed": 42,
+        "overlap": True, "exclude_old": False, "data_masking": "current", "no_mask": False, "cross_val": False, "no_test": False,
+        "val_on_trainset": False, "test_on_val": False, "disable_background": False, "ignore_test_bg": False, "random_seed": 42,
         "shapes_train": 60, "shapes_val": 20,
     }  # fmt: skip
     return Namespace(**{**values, **changed})
