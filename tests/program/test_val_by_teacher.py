@@ -119,7 +119,6 @@ def test_a_step_without_a_test_is_tested_later(tmp_path, capsys):
         ("--step 1 --val_by_teacher 0.5", "needs --cross_val"),
         ("--step 1 --cross_val --val_by_teacher 1.5", "--val_by_teacher 1.5 is out of range"),
         ("--step 0 --cross_val --val_by_teacher 0.5", "does nothing at step 0"),
-        ("--step 0 --exclude_old", "--exclude_old does nothing at step 0: there are no old classes"),
         ("--step 0 --test --no_test", "--no_test and --test exclude each other"),
     ],
 )

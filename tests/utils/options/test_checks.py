@@ -187,6 +187,10 @@ def test_domains_have_neither_background_nor_new_classes(text, tmp_path):
     assert text.partition(" --align_weight_")[0].split()[0] in str(caught.value)
 
 
+def test_step_0_has_no_old_classes_to_exclude():
+    assert refusal("--exclude_old").startswith("--exclude_old does nothing at step 0: there are no old classes")
+
+
 def test_apex_is_refused_where_it_cannot_be_imported(monkeypatch):
     monkeypatch.setattr(checks.amp, "apex_available", lambda: False)
     assert "--amp_backend apex" in refusal("--amp_backend apex --opt_level O1")
