@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+import dataset
 from tests.support import thin
+from utils.checkpointing.store import Store
 
 TEXT = "--task 6-2 --method FT --step 0"
 
@@ -44,6 +46,16 @@ def test_a_resume_of_a_finished_step_keeps_and_replaces_nothing(tmp_path):
     assert thin.launch(tmp_path, TEXT) == 0
     first = files(tmp_path)
     assert thin.launch(tmp_path, f"{TEXT} --resume") == 0
+    assert files(tmp_path) == first
+
+
+def test_it_is_refused_while_another_run_trains_the_step(tmp_path, capsys):
+    assert thin.launch(tmp_path, TEXT) == 0
+    first = files(tmp_path)
+    opts = thin.options(f"--step 0 --checkpoint '{tmp_path}/checkpoints'")
+    with Store(opts, dataset.load_task(opts, 0)).lock():
+        assert thin.launch(tmp_path, TEXT) == 2
+    assert "another run named 'n' trains step 0 of 6-2" in capsys.readouterr().err
     assert files(tmp_path) == first
 
 
